@@ -1,0 +1,89 @@
+package mesh
+
+import (
+	"fmt"
+	"math"
+	"math/bits"
+	"strconv"
+	"strings"
+)
+
+// Money is an amount in nano-dollars (10⁻⁹ USD). It is never a float.
+type Money int64
+
+const usd Money = 1_000_000_000
+
+// ParseMoney reads a decimal amount of USD, such as "2.50". It refuses a sign, an exponent, more than nine decimals
+// and amounts that do not fit.
+func ParseMoney(s string) (Money, error) {
+	whole, fraction, hasPoint := strings.Cut(s, ".")
+	if whole == "" || hasPoint && fraction == "" || strings.Trim(whole+fraction, "0123456789") != "" {
+		return 0, fmt.Errorf("%q is not a decimal amount of USD, such as 2.50", s)
+	}
+	if len(fraction) > 9 {
+		return 0, fmt.Errorf("%q has more than nine decimals", s)
+	}
+	n, err := strconv.ParseInt(whole+fraction+strings.Repeat("0", 9-len(fraction)), 10, 64)
+	if err != nil {
+		return 0, fmt.Errorf("%q is too large an amount", s)
+	}
+	return Money(n), nil
+}
+
+// String returns the amount as a decimal number of USD, as short as it can be without rounding.
+func (m Money) String() string {
+	sign := ""
+	n := uint64(m)
+	if m < 0 {
+		sign, n = "-", -n
+	}
+	s := sign + strconv.FormatUint(n/uint64(usd), 10)
+	if fraction := n % uint64(usd); fraction != 0 {
+		s += "." + strings.TrimRight(fmt.Sprintf("%09d", fraction), "0")
+	}
+	return s
+}
+
+// MarshalText writes the amount as String does.
+func (m Money) MarshalText() ([]byte, error) { return []byte(m.String()), nil }
+
+// UnmarshalText reads what ParseMoney reads.
+func (m *Money) UnmarshalText(text []byte) (err error) {
+	*m, err = ParseMoney(string(text))
+	return err
+}
+
+// plus is saturating addition of amounts that are not negative.
+func (m Money) plus(n Money) Money {
+	if m > math.MaxInt64-n {
+		return math.MaxInt64
+	}
+	return m + n
+}
+
+// tokenCost is an exact sum of tokens times prices, before it is rounded to nano-dollars. It is a 128-bit number of
+// millionths of a nano-dollar, because prices are per million tokens.
+type tokenCost struct{ hi, lo uint64 }
+
+// add adds tokens at a price per million of them.
+func (c *tokenCost) add(tokens int64, perMillion Money) {
+	if tokens <= 0 || perMillion <= 0 {
+		return
+	}
+	hi, lo := bits.Mul64(uint64(tokens), uint64(perMillion))
+	var carry uint64
+	c.lo, carry = bits.Add64(c.lo, lo, 0)
+	c.hi, _ = bits.Add64(c.hi, hi, carry)
+}
+
+// round returns the sum to the nearest nano-dollar, halves up.
+func (c tokenCost) round() Money {
+	const million = 1_000_000
+	lo, carry := bits.Add64(c.lo, million/2, 0)
+	hi := c.hi + carry
+	if hi >= million { // the quotient would not fit
+		return math.MaxInt64
+	}
+	quotient, _ := bits.Div64(hi, lo, million)
+	return Money(min(quotient, math.MaxInt64))
+}

@@ -1,0 +1,125 @@
+package mesh
+
+import (
+	"context"
+	"time"
+
+	"github.com/caddyserver/caddy/v2"
+)
+
+// StoreModule is a guest module in the namespace mesh.stores. It is only the description of a store: opening it is
+// left until the configuration starts, because a configuration is also provisioned to be validated, while another
+// process has the database open.
+type StoreModule interface {
+	// StoreKey identifies the thing the store keeps its data in, such as a file, and nothing else. Handlers whose
+	// stores have the same key share one store, across sites and across reloads of the configuration.
+	StoreKey() string
+
+	// OpenStore opens the store. Its errors name the thing and say what is wrong with it.
+	OpenStore() (Store, error)
+}
+
+// Store keeps what has to outlive a request: each key's counters, and the ledger. Its methods may be called
+// concurrently. Destruct writes what is still unwritten and closes it.
+type Store interface {
+	caddy.Destructor
+
+	// Admit decides whether a request may run and counts it if it may, in one atomic step. A request that is
+	// refused counts nowhere. An error means that the store could not be asked.
+	Admit(ctx context.Context, a Admission) (Verdict, error)
+
+	// Settle enters the end of an admitted request into the ledger and adds its cost to its key's spend: both or
+	// neither, and once for each request id, however often it is called. It does not wait for a disk or a network.
+	Settle(e Event)
+}
+
+// Admission asks for one request to be let through.
+type Admission struct {
+	KeyID     string
+	RequestID string
+	Limits    Limits
+}
+
+// Limits are what a key may use. Zero values mean no limit.
+type Limits struct {
+	RPM         int64 // requests in a UTC minute
+	RPD         int64 // requests in a UTC day
+	SpendCap    Money
+	SpendPeriod Period // of SpendCap
+}
+
+// Period is the time over which spend is summed, in UTC: "total" (also when empty), "month" or "day".
+type Period string
+
+// The periods there are.
+const (
+	PeriodTotal Period = "total"
+	PeriodMonth Period = "month"
+	PeriodDay   Period = "day"
+)
+
+// Limit names one of the limits of a key.
+type Limit string
+
+// The limits a request can be refused by.
+const (
+	LimitRPM   Limit = "rpm"
+	LimitRPD   Limit = "rpd"
+	LimitSpend Limit = "spend"
+)
+
+// Verdict is the answer to an Admission, and where the key stands after it.
+type Verdict struct {
+	Refused Limit         // which limit refused the request; empty if it may run. Spend comes before RPD, RPD before RPM.
+	Minute  Window        // requests in the current minute
+	Day     Window        // requests in the current day
+	Spend   Money         // in the period that was asked for
+	Reset   time.Duration // until the period of spend ends; 0 for a total
+}
+
+// Window is a fixed window aligned to UTC.
+type Window struct {
+	Used  int64         // requests counted in it so far
+	Reset time.Duration // until it ends
+}
+
+// Event is one entry of the ledger: a request that was admitted, and how it ended. It holds no prompt and no answer.
+type Event struct {
+	RequestID string `json:"request_id"`
+	KeyID     string `json:"key_id"`
+	KeyName   string `json:"key_name,omitempty"`
+	Owner     string `json:"owner,omitempty"`
+	SessionID string `json:"session_id,omitempty"`
+
+	Time     time.Time     `json:"time"`              // when it ended; decides the day and month that are charged
+	Duration time.Duration `json:"duration_ns"`       // from the request's arrival
+	TTFT     time.Duration `json:"ttft_ns,omitempty"` // from the request's arrival to the first byte of the answer
+
+	Model    string  `json:"model"` // the model that served, or the one asked for where none did
+	Upstream string  `json:"upstream,omitempty"`
+	Stream   bool    `json:"stream,omitempty"`
+	Attempts int     `json:"attempts"`
+	Status   int     `json:"status"`
+	Outcome  Outcome `json:"outcome"`
+
+	PromptTokens     int64 `json:"prompt_tokens"`
+	CachedTokens     int64 `json:"cached_tokens,omitempty"` // part of PromptTokens
+	CompletionTokens int64 `json:"completion_tokens"`
+	Estimated        bool  `json:"estimated,omitempty"` // the tokens are an estimate, because the upstream did not say
+	Cost             Money `json:"cost_nanousd"`
+}
+
+// Outcome is how an admitted request ended.
+type Outcome string
+
+// The outcomes there are.
+const (
+	OutcomeCompleted  Outcome = "completed"   // the answer went out whole
+	OutcomeError      Outcome = "error"       // no upstream answered, or the upstream refused
+	OutcomeTimeout    Outcome = "timeout"     // the request's time ran out
+	OutcomeCut        Outcome = "cut"         // the upstream broke off in the middle of its answer
+	OutcomeClientGone Outcome = "client_gone" // the client left before the end
+)
+
+// stores holds every open store, by StoreKey.
+var stores = caddy.NewUsagePool()
