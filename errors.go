@@ -4,7 +4,6 @@ import (
 	"bytes"
 	"encoding/json"
 	"fmt"
-	"math"
 	"net/http"
 	"strconv"
 	"time"
@@ -55,6 +54,10 @@ var (
 		status: http.StatusUnauthorized, code: "unauthorized",
 		message: "Missing or invalid API key. Send it as 'Authorization: Bearer rsk_...'.",
 	}
+	errExpired = &apiError{
+		status: http.StatusUnauthorized, code: "unauthorized",
+		message: "This API key has expired.",
+	}
 	errSuspended = &apiError{
 		status: http.StatusForbidden, code: "forbidden",
 		message: "This API key is suspended.",
@@ -87,9 +90,14 @@ func errorType(status int) string {
 	return "invalid_request_error"
 }
 
-// seconds rounds d up to whole seconds: a client that waits that long does not come too early.
+// seconds rounds d up to whole seconds: a client that waits that long does not come too early. It is never negative.
 func seconds(d time.Duration) int {
-	return int(math.Ceil(d.Seconds()))
+	d = max(d, 0)
+	whole := d / time.Second
+	if d%time.Second != 0 {
+		whole++
+	}
+	return int(whole)
 }
 
 // errorBody is the envelope of every error.

@@ -2,8 +2,12 @@ package mesh
 
 import (
 	"bytes"
+	"encoding/binary"
 	"encoding/json"
 	"fmt"
+	"math/bits"
+	"strings"
+	"unicode/utf8"
 )
 
 // cursor walks one JSON text (RFC 8259) from front to back, checks its grammar as it goes, and copies nothing.
@@ -56,13 +60,14 @@ func (c *cursor) unexpected(want string) {
 		c.fail("unexpected end of JSON, expected %s", want)
 		return
 	}
-	c.fail("unexpected character %q, expected %s", c.data[c.pos], want)
+	r, _ := utf8.DecodeRune(c.data[c.pos:])
+	c.fail("unexpected character %q, expected %s", r, want)
 }
 
 // enter consumes the opening bracket of an object or array and reports whether there is anything in it.
 func (c *cursor) enter(open byte) bool {
 	if c.peek() != open {
-		c.unexpected(string(open))
+		c.unexpected("'" + string(open) + "'")
 		return false
 	}
 	if c.depth++; c.depth > c.maxDepth {
@@ -118,12 +123,19 @@ func (c *cursor) str() (raw []byte, escaped bool) {
 		return nil, false
 	}
 	start := c.pos + 1
-	for i := start; i < len(c.data); i++ {
-		switch b := c.data[i]; {
-		case b == '"':
+	i := start
+	for {
+		i += plainLen(c.data[i:])
+		if i == len(c.data) {
+			c.pos = i
+			c.fail("unexpected end of JSON in string")
+			return nil, false
+		}
+		switch c.data[i] {
+		case '"':
 			c.pos = i + 1
 			return c.data[start:i], escaped
-		case b == '\\':
+		case '\\':
 			escaped = true
 			n := escapeLen(c.data[i:])
 			if n == 0 {
@@ -131,16 +143,46 @@ func (c *cursor) str() (raw []byte, escaped bool) {
 				c.fail("invalid escape in string")
 				return nil, false
 			}
-			i += n - 1
-		case b < 0x20:
+			i += n
+		default:
 			c.pos = i
 			c.fail("unescaped control character in string")
 			return nil, false
 		}
 	}
-	c.pos = len(c.data)
-	c.fail("unexpected end of JSON in string")
-	return nil, false
+}
+
+// plainLen returns how many bytes at the front of b stand for themselves in a string: they are no quote, no
+// backslash and no control character.
+func plainLen(b []byte) (n int) {
+	for len(b)-n >= 8 {
+		if found := notPlain(b[n:]); found != 0 {
+			return n + bits.TrailingZeros64(found)/8
+		}
+		n += 8
+		// what goes on for this long is likely to go on for longer: most of a large body is one string
+		for n >= 32 && len(b)-n >= 32 {
+			w := b[n : n+32 : n+32]
+			if notPlain(w)|notPlain(w[8:])|notPlain(w[16:])|notPlain(w[24:]) != 0 {
+				break
+			}
+			n += 32
+		}
+	}
+	for n < len(b) && b[n] >= 0x20 && b[n] != '"' && b[n] != '\\' {
+		n++
+	}
+	return n
+}
+
+// notPlain sets the high bit of each of the first eight bytes of b that does not stand for itself. Bits above the
+// lowest one set may be false.
+func notPlain(b []byte) uint64 {
+	const ones, highs = 0x0101010101010101, 0x8080808080808080
+	w := binary.LittleEndian.Uint64(b)
+	// Subtracting k from each byte sets the high bit of those less than k, and of some above the first that had
+	// to borrow. A quote and a backslash become 0 here, the only byte less than 1.
+	return ((w - ones*0x20) | ((w ^ ones*'"') - ones) | ((w ^ ones*'\\') - ones)) &^ w & highs
 }
 
 // escapeLen returns the length of the escape sequence at the front of b, or 0 if it is not one.
@@ -189,30 +231,30 @@ func (c *cursor) digits() {
 	}
 }
 
-// at reports whether the next byte is one of set.
-func (c *cursor) at(set string) bool {
-	return c.err == nil && c.pos < len(c.data) && bytes.IndexByte([]byte(set), c.data[c.pos]) >= 0
+// nextIn reports whether the next byte is one of set.
+func (c *cursor) nextIn(set string) bool {
+	return c.err == nil && c.pos < len(c.data) && strings.IndexByte(set, c.data[c.pos]) >= 0
 }
 
 // number consumes a number and returns its text.
 func (c *cursor) number() []byte {
 	c.peek()
 	from := c.pos
-	if c.at("-") {
+	if c.nextIn("-") {
 		c.pos++
 	}
-	if c.at("0") {
+	if c.nextIn("0") {
 		c.pos++
 	} else {
 		c.digits()
 	}
-	if c.at(".") {
+	if c.nextIn(".") {
 		c.pos++
 		c.digits()
 	}
-	if c.at("eE") {
+	if c.nextIn("eE") {
 		c.pos++
-		if c.at("+-") {
+		if c.nextIn("+-") {
 			c.pos++
 		}
 		c.digits()

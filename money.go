@@ -44,6 +44,16 @@ func (m Money) String() string {
 	return s
 }
 
+// thousandth returns a thousandth of m, exactly.
+func (m Money) thousandth() string {
+	digits := fmt.Sprintf("%013d", int64(m)) // 10⁻¹² USD
+	whole, fraction := digits[:len(digits)-12], strings.TrimRight(digits[len(digits)-12:], "0")
+	if fraction == "" {
+		return whole
+	}
+	return whole + "." + fraction
+}
+
 // MarshalText writes the amount as String does.
 func (m Money) MarshalText() ([]byte, error) { return []byte(m.String()), nil }
 
@@ -62,7 +72,7 @@ func (m Money) plus(n Money) Money {
 }
 
 // tokenCost is an exact sum of tokens times prices, before it is rounded to nano-dollars. It is a 128-bit number of
-// millionths of a nano-dollar, because prices are per million tokens.
+// millionths of a nano-dollar, because prices are per million tokens. It saturates.
 type tokenCost struct{ hi, lo uint64 }
 
 // add adds tokens at a price per million of them.
@@ -73,17 +83,18 @@ func (c *tokenCost) add(tokens int64, perMillion Money) {
 	hi, lo := bits.Mul64(uint64(tokens), uint64(perMillion))
 	var carry uint64
 	c.lo, carry = bits.Add64(c.lo, lo, 0)
-	c.hi, _ = bits.Add64(c.hi, hi, carry)
+	if c.hi, carry = bits.Add64(c.hi, hi, carry); carry != 0 {
+		c.hi, c.lo = math.MaxUint64, math.MaxUint64
+	}
 }
 
 // round returns the sum to the nearest nano-dollar, halves up.
 func (c tokenCost) round() Money {
 	const million = 1_000_000
-	lo, carry := bits.Add64(c.lo, million/2, 0)
-	hi := c.hi + carry
-	if hi >= million { // the quotient would not fit
+	if c.hi >= million/2 { // 2⁶³ nano-dollars or more
 		return math.MaxInt64
 	}
-	quotient, _ := bits.Div64(hi, lo, million)
+	lo, carry := bits.Add64(c.lo, million/2, 0)
+	quotient, _ := bits.Div64(c.hi+carry, lo, million)
 	return Money(min(quotient, math.MaxInt64))
 }

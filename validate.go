@@ -1,96 +1,132 @@
 package mesh
 
 import (
+	"bytes"
 	"math"
-	"slices"
 	"strconv"
 	"strings"
-	"time"
 	"unicode/utf8"
 )
 
 // maxFaults bounds how many faults one answer lists.
 const maxFaults = 100
 
-// parser checks a chat request against api.md while the cursor walks it. A value of the wrong type is a fault, not
+// parser checks a chat request against the API while the cursor walks it. A value of the wrong type is a fault, not
 // an error: the walk goes on behind it. Explicit null means the same as absent.
 type parser struct {
 	cursor
 	req    *chatRequest
-	path   []any // of the value at hand, without "body"
+	path   []step // to the value at hand
 	faults []fault
 
-	options struct {
-		null, empty bool
-		include     span // the value of include_usage
+	options struct { // stream_options
+		value   span // nothing where it was not given
+		null    bool
+		empty   bool
+		include span // the value of include_usage; nothing where it was not given
+		twin    bool // include_usage in another letter case was given
 	}
 }
 
-// at steps down to a member (string) or an element (int) of the value at hand; up steps back.
-func (p *parser) at(step any) *parser {
-	p.path = append(p.path, step)
+// step leads from a value to one in it: to a member, or to an element where element is not negative.
+type step struct {
+	member  string
+	element int
+}
+
+// at steps down to a member of the value at hand; up steps back.
+func (p *parser) at(member string) *parser {
+	p.path = append(p.path, step{member, -1})
 	return p
 }
 
 func (p *parser) up() { p.path = p.path[:len(p.path)-1] }
 
 func (p *parser) faultf(kind, msg string) {
-	if len(p.faults) < maxFaults {
-		loc := append(make([]any, 0, len(p.path)+1), "body")
-		p.faults = append(p.faults, fault{Type: kind, Loc: append(loc, p.path...), Msg: msg})
+	if p.err != nil || len(p.faults) == maxFaults {
+		return
 	}
+	loc := append(make([]any, 0, len(p.path)+1), "body")
+	for _, s := range p.path {
+		if s.element < 0 {
+			loc = append(loc, s.member)
+		} else {
+			loc = append(loc, s.element)
+		}
+	}
+	p.faults = append(p.faults, fault{Type: kind, Loc: loc, Msg: msg})
+}
+
+func (p *parser) missing(name string) {
+	p.at(name).faultf("missing", "Field required")
+	p.up()
+}
+
+// twice is a fault at a member that was given before; its value is passed over.
+func (p *parser) twice(name string) {
+	p.at(name).faultf("value_error", "Value error, the member is given twice")
+	p.up()
+	p.skip()
+}
+
+// twins is a fault for each of names whose bit is set: it stands beside one that differs only in letter case. A
+// parser that ignores case, as Go's does, would read another request than the gateway.
+func (p *parser) twins(names []string, bits uint64) {
+	for i, name := range names {
+		if bits&bitOf(i) != 0 {
+			p.at(name).faultf("value_error", "Value error, the member is given again in another letter case")
+			p.up()
+		}
+	}
+}
+
+// bitOf returns the bit that stands for a place in a list of names, and none for -1.
+func bitOf(i int) uint64 {
+	if i < 0 {
+		return 0
+	}
+	return 1 << i
+}
+
+// lookup returns the place in known of a name, and whether it is the exact name or only one that a parser which
+// ignores case would take for it. The place of an unknown name is -1.
+func lookup(known []string, name []byte) (i int, exact bool) {
+	for i := range known {
+		if string(name) == known[i] {
+			return i, true
+		}
+	}
+	for i := range known {
+		if bytes.EqualFold(name, []byte(known[i])) {
+			return i, false
+		}
+	}
+	return -1, false
 }
 
 // wrongType is a fault at the value at hand, which is passed over.
 func (p *parser) wrongType(kind, msg string) {
 	p.skip()
-	if p.err == nil {
-		p.faultf(kind, msg)
-	}
+	p.faultf(kind, msg)
 }
 
-// unbuilt refuses a member that is valid but that this version gives no meaning yet.
-func (p *parser) unbuilt(used bool) {
-	if used && p.err == nil {
-		p.faultf("value_error", "Value error, this version of the gateway does not support it yet")
-	}
-}
-
-// known checks the value of a member of chatMembers.
-func (p *parser) known(i int) {
-	m := &chatMembers[i]
-	p.at(m.name)
-	defer p.up()
-	if p.peek() == 'n' {
-		p.skip()
-		switch i {
-		case memberMessages:
-			p.faultf("list_type", "Input should be a valid list")
-		case memberStreamOptions:
-			p.options.null = true
-		}
-		return
-	}
-	m.check(p)
-}
-
-// peekSpan returns an empty span at the start of the next value.
-func (p *parser) peekSpan() span {
+// start returns where the next token begins.
+func (p *parser) start() int {
 	p.peek()
-	return span{p.pos, p.pos}
+	return p.pos
 }
 
-// text consumes a string and returns its text.
-func (p *parser) text() (s string, ok bool) {
+// text consumes a string and returns its text, which may be part of the body.
+func (p *parser) text() (text []byte, ok bool) {
 	if p.peek() != '"' {
 		p.wrongType("string_type", "Input should be a valid string")
-		return "", false
+		return nil, false
 	}
-	raw, escaped := p.str()
-	if escaped && p.err == nil {
-		raw = unescape(raw)
+	text, escaped := p.str()
+	if escaped {
+		text = unescape(text)
 	}
-	return string(raw), p.err == nil
+	return text, p.err == nil
 }
 
 // rawText consumes a string and returns where it stands, without its quotes.
@@ -105,21 +141,22 @@ func (p *parser) rawText() (s span, ok bool) {
 }
 
 func (p *parser) shortText(limit int) string {
-	s, _ := p.text()
-	if utf8.RuneCountInString(s) > limit {
+	text, _ := p.text()
+	if utf8.RuneCount(text) > limit {
 		p.faultf("string_too_long", "String should have at most "+strconv.Itoa(limit)+" characters")
+		return ""
 	}
-	return s
+	return string(text)
 }
 
 func (p *parser) oneOf(allowed ...string) string {
-	s, ok := p.text()
+	text, ok := p.text()
 	if !ok {
 		return ""
 	}
 	for _, a := range allowed {
-		if s == a {
-			return s
+		if string(text) == a {
+			return a
 		}
 	}
 	list := "'" + strings.Join(allowed, "', '") + "'"
@@ -163,21 +200,21 @@ func (p *parser) number(r rule) (v float64, ok bool) {
 	if p.err != nil {
 		return 0, false
 	}
-	v, err := strconv.ParseFloat(string(text), 64) // an error is a value out of range: ±Inf, and caught below
-	bound := strconv.FormatFloat
+	v, _ = strconv.ParseFloat(string(text), 64) // infinite where it is out of range
+	bound := func(v float64) string { return strconv.FormatFloat(v, 'g', -1, 64) }
 	switch {
-	case r.integer && strings.ContainsAny(string(text), ".eE") && (err != nil || v != math.Trunc(v)):
+	case r.integer && math.IsInf(v, 0) && bytes.ContainsAny(text, ".eE"):
+		p.faultf("finite_number", "Input should be a finite number")
+	case r.integer && v != math.Trunc(v):
 		p.faultf("int_from_float", "Input should be a valid integer, got a number with a fractional part")
 	case r.above && v <= r.min:
-		p.faultf("greater_than", "Input should be greater than "+bound(r.min, 'g', -1, 64))
+		p.faultf("greater_than", "Input should be greater than "+bound(r.min))
 	case v < r.min:
-		p.faultf("greater_than_equal", "Input should be greater than or equal to "+bound(r.min, 'g', -1, 64))
-	case v > r.max || err != nil && !r.integer && math.IsInf(v, 0):
-		if math.IsInf(r.max, 0) {
-			p.faultf("finite_number", "Input should be a finite number")
-			break
-		}
-		p.faultf("less_than_equal", "Input should be less than or equal to "+bound(r.max, 'g', -1, 64))
+		p.faultf("greater_than_equal", "Input should be greater than or equal to "+bound(r.min))
+	case v > r.max:
+		p.faultf("less_than_equal", "Input should be less than or equal to "+bound(r.max))
+	case !r.integer && math.IsInf(v, 0):
+		p.faultf("finite_number", "Input should be a finite number")
 	default:
 		return v, true
 	}
@@ -191,7 +228,7 @@ func (p *parser) list(check func(*parser)) (n int) {
 		return 0
 	}
 	for more := p.enter('['); more; more = p.next(']') {
-		p.at(n)
+		p.path = append(p.path, step{element: n})
 		check(p)
 		p.up()
 		n++
@@ -201,46 +238,42 @@ func (p *parser) list(check func(*parser)) (n int) {
 
 // fields consumes an object and hands each member that known names to check, as its place in known. It returns which
 // of them were given and which were explicitly null, one bit each; null is not handed to check. A known member that
-// comes twice is a fault.
-func (p *parser) fields(known []string, check func(i int)) (given, null uint, ok bool) {
+// comes twice, or once more in another letter case, is a fault.
+func (p *parser) fields(known []string, check func(i int)) (given, null uint64, ok bool) {
 	if p.peek() != '{' {
 		p.wrongType("dict_type", "Input should be a valid dictionary")
 		return 0, 0, false
 	}
+	var folded uint64
 	for more := p.enter('{'); more; more = p.next('}') {
-		i := slices.Index(known, string(p.name()))
-		if i < 0 {
+		i, exact := lookup(known, p.name())
+		switch bit := bitOf(i); {
+		case !exact:
+			folded |= bit
 			p.skip()
-			continue
-		}
-		p.at(known[i])
-		if bit := uint(1) << i; (given|null)&bit != 0 {
-			p.faultf("value_error", "Value error, the member is given twice")
-			p.skip()
-		} else if p.peek() == 'n' {
+		case (given|null)&bit != 0:
+			p.twice(known[i])
+		case p.peek() == 'n':
 			null |= bit
 			p.skip()
-		} else {
+		default:
 			given |= bit
+			p.at(known[i])
 			check(i)
+			p.up()
 		}
-		p.up()
 	}
+	p.twins(known, (given|null)&folded)
 	return given, null, p.err == nil
 }
 
 // require is a fault for each of the first n of known that was not given.
-func (p *parser) require(known []string, n int, given uint) {
+func (p *parser) require(known []string, n int, given uint64) {
 	for i, name := range known[:n] {
-		if given&(1<<i) == 0 {
+		if given&bitOf(i) == 0 {
 			p.missing(name)
 		}
 	}
-}
-
-func (p *parser) missing(name string) {
-	p.at(name).faultf("missing", "Field required")
-	p.up()
 }
 
 func (p *parser) textMap() (n int) {
@@ -255,239 +288,4 @@ func (p *parser) textMap() (n int) {
 		n++
 	}
 	return n
-}
-
-func (p *parser) messages() {
-	isList := p.peek() == '['
-	if n := p.list((*parser).message); n == 0 && isList && p.err == nil {
-		p.faultf("too_short", "List should have at least 1 item after validation, not 0")
-	}
-}
-
-var messageFields = []string{"role", "content", "name", "tool_call_id", "tool_calls", "function_call", "audio", "refusal"}
-
-// message checks one of the conversation. Content may be null or absent beside tool_calls, and, because OpenAI's
-// own API returns such messages for the client to send back, beside function_call, audio and refusal.
-func (p *parser) message() {
-	const role, content, toolCallID, toolCalls = 1 << 0, 1 << 1, 1 << 3, 1 << 4
-	var kind string
-	noCalls := false
-	given, null, ok := p.fields(messageFields, func(i int) {
-		switch i {
-		case 0:
-			kind = p.oneOf("system", "developer", "user", "assistant", "tool")
-		case 1:
-			p.content()
-		case 2, 3:
-			p.text()
-		case 4:
-			noCalls = p.list(func(p *parser) { p.fields(nil, nil) }) == 0
-		default:
-			p.skip()
-		}
-	})
-	if !ok {
-		return
-	}
-	p.req.prompt.messages++
-	if noCalls {
-		given &^= toolCalls
-	}
-	p.require(messageFields, 1, given)
-	if kind == "tool" && given&toolCallID == 0 {
-		p.missing("tool_call_id")
-	}
-	switch {
-	case given&content != 0 || given>>4 != 0: // tool_calls and what follows it
-	case null&content != 0:
-		p.at("content").faultf("value_error", "Value error, content may be null only beside tool_calls")
-		p.up()
-	default:
-		p.missing("content")
-	}
-}
-
-func (p *parser) content() {
-	switch p.peek() {
-	case '"':
-		s, _ := p.rawText()
-		p.req.prompt.add(s)
-	case '[':
-		p.list((*parser).part)
-	default:
-		p.wrongType("value_error", "Value error, content should be a string, a list of parts, or null")
-	}
-}
-
-var (
-	partFields  = []string{"type", "text", "image_url", "input_audio", "video_url"}
-	imageFields = []string{"url", "detail"}
-	audioFields = []string{"format", "data", "url", "uri"}
-)
-
-// part checks one part of a message's content. Which member it needs depends on its type, which may come last.
-func (p *parser) part() {
-	var kind string
-	given, _, ok := p.fields(partFields, func(i int) {
-		switch i {
-		case 0:
-			kind, _ = p.text()
-		case 1:
-			s, _ := p.rawText()
-			p.req.prompt.add(s)
-		case 2:
-			p.req.prompt.images++
-			p.urlObject()
-		case 3:
-			p.inputAudio()
-		case 4:
-			p.urlObject()
-		}
-	})
-	if !ok {
-		return
-	}
-	p.require(partFields, 1, given)
-	if i := slices.Index(partFields[1:], kind); i >= 0 && given&(2<<i) == 0 {
-		p.missing(kind)
-	}
-}
-
-// urlObject checks {url, detail?}.
-func (p *parser) urlObject() {
-	given, _, ok := p.fields(imageFields, func(i int) {
-		if i == 0 {
-			p.rawText()
-		} else {
-			p.oneOf("auto", "low", "high")
-		}
-	})
-	if ok {
-		p.require(imageFields, 1, given)
-	}
-}
-
-func (p *parser) inputAudio() {
-	given, _, ok := p.fields(audioFields, func(int) { p.rawText() })
-	if ok && given>>1 == 0 {
-		p.missing("data")
-	}
-	if ok {
-		p.require(audioFields, 1, given)
-	}
-}
-
-func (p *parser) stop() {
-	switch p.peek() {
-	case '"':
-		p.skip()
-	case '[':
-		p.list(func(p *parser) { p.text() })
-	default:
-		p.wrongType("value_error", "Value error, stop should be a string or a list of strings")
-	}
-}
-
-func (p *parser) toolChoice() {
-	switch p.peek() {
-	case '"', '{':
-		p.skip()
-	default:
-		p.wrongType("value_error", "Value error, tool_choice should be a string or an object")
-	}
-}
-
-var (
-	toolFields        = []string{"type", "function"}
-	functionFields    = []string{"name", "description", "parameters"}
-	outputAudioFields = []string{"format"}
-	imageOptionFields = []string{"n", "size", "quality", "response_format"}
-)
-
-func (p *parser) tools() {
-	from := p.peekSpan().from
-	p.list(func(p *parser) {
-		given, _, ok := p.fields(toolFields, func(i int) {
-			if i == 0 {
-				p.oneOf("function")
-			} else {
-				p.function()
-			}
-		})
-		if ok {
-			p.require(toolFields, 2, given)
-		}
-	})
-	p.req.prompt.add(span{from, p.pos})
-}
-
-func (p *parser) function() {
-	given, _, ok := p.fields(functionFields, func(i int) {
-		if i == 2 {
-			p.fields(nil, nil)
-		} else {
-			p.rawText()
-		}
-	})
-	if ok {
-		p.require(functionFields, 1, given)
-	}
-}
-
-func (p *parser) modalityName() { p.oneOf("text", "audio", "image") }
-
-func (p *parser) audio() {
-	p.fields(outputAudioFields, func(int) { p.oneOf("wav", "mp3", "flac", "opus", "pcm16") })
-}
-
-func (p *parser) image() bool {
-	_, _, ok := p.fields(imageOptionFields, func(i int) {
-		switch i {
-		case 0:
-			p.number(rule{integer: true, min: 1, max: 10})
-		case 3:
-			p.oneOf("url", "b64_json")
-		default:
-			p.text()
-		}
-	})
-	return ok
-}
-
-// timeout is in seconds. More than a day is as good as a day.
-func (p *parser) timeout() {
-	v, ok := p.number(rule{above: true, min: 0, max: math.Inf(1)})
-	if ok {
-		p.req.timeout = max(time.Nanosecond, time.Duration(min(v, 24*60*60)*float64(time.Second)))
-	}
-}
-
-// streamOptions is the upstream's, but for include_usage, which the gateway must know.
-func (p *parser) streamOptions() {
-	p.options.empty = true
-	if p.peek() != '{' {
-		p.wrongType("dict_type", "Input should be a valid dictionary")
-		return
-	}
-	seen := false
-	for more := p.enter('{'); more; more = p.next('}') {
-		p.options.empty = false
-		if string(p.name()) != "include_usage" {
-			p.skip()
-			continue
-		}
-		p.at("include_usage")
-		if seen {
-			p.faultf("value_error", "Value error, the member is given twice")
-		}
-		seen = true
-		p.options.include = p.peekSpan()
-		if p.peek() == 'n' {
-			p.skip()
-		} else {
-			p.req.includeUsage, _ = p.boolean()
-		}
-		p.options.include.to = p.pos
-		p.up()
-	}
 }
