@@ -2,6 +2,7 @@ package mesh
 
 import (
 	"context"
+	"sync"
 	"time"
 
 	"github.com/caddyserver/caddy/v2"
@@ -101,12 +102,13 @@ type Event struct {
 	Attempts int     `json:"attempts"`
 	Status   int     `json:"status"`
 	Outcome  Outcome `json:"outcome"`
+	Error    string  `json:"error,omitempty"` // the code of the error the client got
 
 	PromptTokens     int64 `json:"prompt_tokens"`
 	CachedTokens     int64 `json:"cached_tokens,omitempty"` // part of PromptTokens
 	CompletionTokens int64 `json:"completion_tokens"`
 	Estimated        bool  `json:"estimated,omitempty"` // the tokens are an estimate, because the upstream did not say
-	Cost             Money `json:"cost_nanousd"`
+	Cost             Money `json:"cost_usd"`
 }
 
 // Outcome is how an admitted request ended.
@@ -123,3 +125,69 @@ const (
 
 // stores holds every open store, by StoreKey.
 var stores = caddy.NewUsagePool()
+
+// storeRef is what one handler holds of a shared store. The store stays open until the handler's configuration is
+// gone and the last of its requests has ended: on a reload, Caddy cleans the old configuration up while its streams
+// still run.
+type storeRef struct {
+	module StoreModule
+
+	mu      sync.Mutex
+	store   Store
+	holders int  // requests, and the configuration itself while kept is true
+	kept    bool // the configuration has started and is not cleaned up
+}
+
+// keep opens the store for as long as the configuration lives.
+func (s *storeRef) keep() error {
+	if _, err := s.acquire(); err != nil {
+		return err
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.kept = true
+	return nil
+}
+
+// letGo ends what keep began, if it did.
+func (s *storeRef) letGo() error {
+	s.mu.Lock()
+	kept := s.kept
+	s.kept = false
+	s.mu.Unlock()
+	if !kept {
+		return nil
+	}
+	return s.release()
+}
+
+// acquire returns the store, open, until release is called. It waits only where nobody else has the store open: a
+// request may come before the configuration has wholly started, or on a kept-alive connection after its end.
+func (s *storeRef) acquire() (Store, error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.holders == 0 {
+		v, _, err := stores.LoadOrNew(s.module.StoreKey(), func() (caddy.Destructor, error) { return s.module.OpenStore() })
+		if err != nil {
+			return nil, err
+		}
+		s.store = v.(Store)
+	}
+	s.holders++
+	return s.store, nil
+}
+
+func (s *storeRef) release() error {
+	s.mu.Lock()
+	s.holders--
+	last := s.holders == 0
+	if last {
+		s.store = nil
+	}
+	s.mu.Unlock()
+	if !last {
+		return nil
+	}
+	_, err := stores.Delete(s.module.StoreKey())
+	return err
+}

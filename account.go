@@ -1,0 +1,211 @@
+package mesh
+
+import (
+	"sync"
+	"time"
+)
+
+// account is what a store on this machine knows of one key. Its mutex is held for arithmetic only, never during I/O.
+type account struct {
+	keyID string
+
+	mu      sync.Mutex
+	balance balance
+	unsaved bool           // the writer has been told that there is something new
+	settled []settledEvent // not yet with the writer; their costs are in balance already
+}
+
+// settledEvent is an event on its way to the ledger.
+type settledEvent struct {
+	requestID string
+	encoded   []byte
+	charge    charge
+}
+
+// balance is where a key stands. Its windows are derived, not reset: one that began earlier than the window a request
+// falls in counts as empty.
+type balance struct {
+	Minute   tally `json:"minute"`    // requests
+	Day      tally `json:"day"`       // requests
+	Total    Money `json:"total_usd"` // ever spent
+	Month    tally `json:"month"`     // spent, in nano-dollars
+	SpendDay tally `json:"spend_day"` // spent, in nano-dollars
+}
+
+// tally is a sum over one window.
+type tally struct {
+	Start int64 `json:"start"` // of the window, in Unix seconds
+	Sum   int64 `json:"sum"`
+}
+
+// at returns the tally of the window that begins at start. A clock that was set back must not refill a window, so that
+// a tally that begins later stays.
+func (t tally) at(start int64) tally {
+	if start > t.Start {
+		return tally{Start: start}
+	}
+	return t
+}
+
+const (
+	secondsPerMinute = 60
+	secondsPerDay    = 24 * 60 * 60
+)
+
+func minuteOf(t time.Time) int64 { return t.Unix() - t.Unix()%secondsPerMinute }
+
+func dayOf(t time.Time) int64 { return t.Unix() - t.Unix()%secondsPerDay }
+
+func monthOf(t time.Time) int64 {
+	year, month, _ := t.UTC().Date()
+	return time.Date(year, month, 1, 0, 0, 0, 0, time.UTC).Unix()
+}
+
+func monthAfter(start int64) int64 { return time.Unix(start, 0).UTC().AddDate(0, 1, 0).Unix() }
+
+// admit counts a request in both windows, unless one of the limits refuses it.
+func (b *balance) admit(now time.Time, limits Limits) Verdict {
+	minute, day := b.Minute.at(minuteOf(now)), b.Day.at(dayOf(now))
+	spend, spendReset := b.spent(now, limits.SpendPeriod)
+
+	refused := refusal(limits, spend, day.Sum, minute.Sum)
+	if refused == "" {
+		minute.Sum++
+		day.Sum++
+		b.Minute, b.Day = minute, day
+	}
+	return Verdict{
+		Refused: refused,
+		Minute:  Window{Used: minute.Sum, Reset: until(now, minute.Start+secondsPerMinute)},
+		Day:     Window{Used: day.Sum, Reset: until(now, day.Start+secondsPerDay)},
+		Spend:   spend,
+		Reset:   spendReset,
+	}
+}
+
+func refusal(limits Limits, spend Money, day, minute int64) Limit {
+	switch {
+	case limits.SpendCap > 0 && spend >= limits.SpendCap:
+		return LimitSpend
+	case limits.RPD > 0 && day >= limits.RPD:
+		return LimitRPD
+	case limits.RPM > 0 && minute >= limits.RPM:
+		return LimitRPM
+	}
+	return ""
+}
+
+// spent returns the spend of the period that now falls in, and the time until that period ends.
+func (b *balance) spent(now time.Time, period Period) (Money, time.Duration) {
+	switch period {
+	case PeriodMonth:
+		month := b.Month.at(monthOf(now))
+		return Money(month.Sum), until(now, monthAfter(month.Start))
+	case PeriodDay:
+		day := b.SpendDay.at(dayOf(now))
+		return Money(day.Sum), until(now, day.Start+secondsPerDay)
+	}
+	return b.Total, 0
+}
+
+func until(now time.Time, end int64) time.Duration { return time.Unix(end, 0).Sub(now) }
+
+// charge is what one event added to a balance, and to which windows.
+type charge struct {
+	total      Money
+	month, day tally
+}
+
+// charge adds a cost to the spend of the day and month that t falls in, or to later ones already begun.
+func (b *balance) charge(cost Money, t time.Time) charge {
+	var c charge
+	b.Total, c.total = addCost(b.Total, cost)
+	b.Month, c.month = b.Month.at(monthOf(t)).add(cost)
+	b.SpendDay, c.day = b.SpendDay.at(dayOf(t)).add(cost)
+	return c
+}
+
+func (t tally) add(cost Money) (sum, added tally) {
+	total, difference := addCost(Money(t.Sum), cost)
+	return tally{t.Start, int64(total)}, tally{t.Start, int64(difference)}
+}
+
+// addCost adds up to the largest amount there is, and says how much it added.
+func addCost(m, cost Money) (sum, added Money) {
+	sum = m.plus(cost)
+	return sum, sum - m
+}
+
+// refund takes a charge back. What was charged to a window that has ended since is gone with it.
+func (b *balance) refund(c charge) {
+	b.Total -= c.total
+	b.Month = b.Month.take(c.month)
+	b.SpendDay = b.SpendDay.take(c.day)
+}
+
+func (t tally) take(added tally) tally {
+	if t.Start == added.Start {
+		t.Sum -= added.Sum
+	}
+	return t
+}
+
+// change notes that the account has something to save, and reports whether the writer does not know that yet.
+func (a *account) change() bool {
+	news := !a.unsaved
+	a.unsaved = true
+	return news
+}
+
+// take returns what there is to save.
+func (a *account) take() (balance, []settledEvent) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	settled := a.settled
+	a.settled, a.unsaved = nil, false
+	return a.balance, settled
+}
+
+// refund takes back what an event was charged that had been charged before.
+func (a *account) refund(c charge) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	a.balance.refund(c)
+}
+
+// recentIDs remembers request ids: those that have not been released, and a number of those that have.
+type recentIDs struct {
+	mu       sync.Mutex
+	known    map[string]struct{}
+	released []string // a ring
+	oldest   int      // of released, once it is full
+}
+
+const maxReleased = 65_536
+
+// add reports whether the id was unknown.
+func (r *recentIDs) add(id string) bool {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if _, ok := r.known[id]; ok {
+		return false
+	}
+	if r.known == nil {
+		r.known = make(map[string]struct{})
+	}
+	r.known[id] = struct{}{}
+	return true
+}
+
+// release lets an id be forgotten, once enough others have been released after it.
+func (r *recentIDs) release(id string) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if len(r.released) < maxReleased {
+		r.released = append(r.released, id)
+		return
+	}
+	delete(r.known, r.released[r.oldest])
+	r.released[r.oldest] = id
+	r.oldest = (r.oldest + 1) % maxReleased
+}
