@@ -1,0 +1,217 @@
+package mesh
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"mime"
+	"net/http"
+	"strconv"
+	"strings"
+	"sync/atomic"
+	"time"
+
+	"go.uber.org/zap"
+)
+
+const (
+	// maxRefusal is how much of an upstream's error is read: reading a short one to its end keeps the connection
+	// alive, a long one is not worth it.
+	maxRefusal = 64 << 10
+
+	// maxWhole is how long an answer that is not a stream may be. It is held back until it is whole.
+	maxWhole = 64 << 20
+)
+
+var (
+	errTooLong    = errors.New("the upstream's answer is too long")
+	errUnreadable = errors.New("the upstream's answer is not what was asked for")
+	errLast       = errors.New("the upstream's stream ended in an error")
+)
+
+// answer is the http.ResponseWriter that one candidate answers into. It keeps status line and header to itself until
+// it is known whether this candidate's answer is the one: a stream is as soon as its header comes, any other answer
+// when it has come whole. Everything else never reaches the client.
+type answer struct {
+	x   *exchange
+	req *chatRequest
+	by  *candidate
+
+	header http.Header // this candidate's own
+	status int
+
+	stream *stream      // where the answer is one
+	whole  bytes.Buffer // where it is not, or an error
+
+	err        error // what the handler returned
+	timedOut   bool  // the request's time ran out meanwhile
+	fault      error // what is wrong with an answer of status 200
+	committed  bool  // the client has received status and header
+	clientGone bool
+	unflushed  bool
+
+	result served
+
+	reused  atomic.Bool // it went out on a connection that had been idle
+	reached atomic.Bool // it was sent to the upstream
+	sent    bool        // reached, once the attempt is over
+}
+
+func newAnswer(x *exchange, req *chatRequest, by *candidate) *answer {
+	return &answer{x: x, req: req, by: by, header: make(http.Header)}
+}
+
+// Header returns this candidate's header.
+func (a *answer) Header() http.Header { return a.header }
+
+// WriteHeader notes the status, and sends it on if it is that of a stream the client asked for.
+func (a *answer) WriteHeader(status int) {
+	if a.status != 0 || status < 200 {
+		return // the 1xx of a candidate that may yet be refused is not the client's business
+	}
+	a.status = status
+	if status >= 300 {
+		return
+	}
+	mediaType, _, _ := mime.ParseMediaType(a.header.Get("Content-Type"))
+	isStream := mediaType == "text/event-stream"
+	encoding := a.header.Get("Content-Encoding")
+	switch {
+	case isStream != a.req.stream && isStream,
+		encoding != "" && !strings.EqualFold(encoding, "identity"):
+		a.fault = errUnreadable
+	case isStream:
+		a.stream = newStream(a)
+		a.commit()
+		a.req.forget()
+	}
+}
+
+// Write takes the next bytes of the answer.
+func (a *answer) Write(p []byte) (int, error) {
+	a.WriteHeader(http.StatusOK)
+	switch {
+	case a.fault != nil:
+		return 0, a.fault
+	case a.stream != nil:
+		return a.stream.Write(p)
+	}
+	limit := maxWhole
+	if a.status >= 300 {
+		limit = maxRefusal
+	}
+	if a.whole.Len()+len(p) > limit {
+		a.fault = errTooLong
+		return 0, a.fault
+	}
+	return a.whole.Write(p)
+}
+
+// FlushError is what http.ResponseController looks for before it unwraps: a flush must not send the status line of
+// an answer that is held back.
+func (a *answer) FlushError() error {
+	if !a.unflushed {
+		return nil
+	}
+	a.unflushed = false
+	return http.NewResponseController(a.x.w).Flush()
+}
+
+// Unwrap lets http.ResponseController set deadlines.
+func (a *answer) Unwrap() http.ResponseWriter { return a.x.w }
+
+// toClient writes to the client.
+func (a *answer) toClient(p []byte) error {
+	if a.clientGone {
+		return context.Canceled
+	}
+	if _, err := a.x.w.Write(p); err != nil {
+		a.clientGone = true
+		return err
+	}
+	a.unflushed = true
+	return nil
+}
+
+// commit makes this candidate's answer the one.
+func (a *answer) commit() {
+	a.committed, a.unflushed = true, true
+	header := a.x.w.Header()
+	passHeader(header, a.header)
+	header.Set("X-Mesh-Routing-Model", a.by.model)
+	a.x.tellAttempts()
+	header.Set("X-Mesh-Routing-Fallback", strconv.FormatBool(a.x.event.Attempts > 1))
+	if a.x.h.ExposeUpstream {
+		header.Set("X-Mesh-Upstream", a.by.upstream.Name)
+	}
+	if a.stream != nil {
+		if header.Get("Cache-Control") == "" {
+			header.Set("Cache-Control", "no-cache")
+		}
+		header.Set("X-Accel-Buffering", "no") // for an nginx in front
+	}
+	a.x.w.WriteHeader(a.status)
+}
+
+// served closes an answer that went out, whole or not.
+func (a *answer) served() *served {
+	s := &a.result
+	s.by, s.status, s.prompt = a.by, a.status, true
+	if a.stream != nil {
+		s.outcome = a.stream.end()
+		s.prompt = s.outcome != OutcomeError || a.stream.answered // an error alone is no answer
+		a.logEnd()
+	}
+	return s
+}
+
+// logEnd says in the log how a stream ended that did not end well.
+func (a *answer) logEnd() {
+	outcome := a.result.outcome
+	if outcome == OutcomeCompleted || outcome == OutcomeClientGone {
+		return
+	}
+	a.x.h.logger.Warn("stream did not end well",
+		zap.String("request_id", a.x.event.RequestID),
+		zap.String("model", a.by.model),
+		zap.String("upstream", a.by.upstream.Name),
+		zap.String("outcome", string(outcome)),
+		zap.String("error", a.result.errorCode))
+}
+
+// finish ends the attempt: an answer that was held back until it was whole goes out now, if it is one.
+func (a *answer) finish() {
+	a.sent = a.reached.Load()
+	if a.committed || a.err != nil || a.fault != nil || a.status < 200 || a.status >= 300 {
+		return
+	}
+	body := a.whole.Bytes()
+	said := readAnswer(body, &a.result.text)
+	if !said.readable || said.failed || a.req.stream {
+		a.fault = errUnreadable
+		return
+	}
+	a.result.usage, a.result.known = said.usage, said.hasUsage
+	insert, at, until := said.costEdit(a.by.price)
+	a.header.Set("Content-Type", "application/json")
+	a.x.w.Header().Set("Content-Length", strconv.Itoa(len(body)-(until-at)+len(insert)))
+	a.commit()
+	a.result.outcome = OutcomeCompleted
+	for _, part := range [][]byte{body[:at], insert, body[until:]} {
+		if len(part) > 0 && a.toClient(part) != nil {
+			a.result.outcome = OutcomeClientGone
+			return
+		}
+	}
+	a.x.firstByte()
+	if !a.result.known {
+		a.FlushError() //nolint:errcheck // the client shall not wait for the estimate; if it is gone, it will not
+	}
+}
+
+// firstByte notes when the answer began.
+func (x *exchange) firstByte() {
+	if x.event.TTFT == 0 {
+		x.event.TTFT = time.Since(x.started)
+	}
+}

@@ -1,0 +1,205 @@
+package mesh
+
+import (
+	"crypto/sha256"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"net/http"
+	"strings"
+	"time"
+
+	"github.com/caddyserver/caddy/v2"
+)
+
+// Key is a credential that the gateway gives to a client, and what the client may do with it.
+type Key struct {
+	// The secret: `rsk_` and a 26-character ULID, or `sha256:` and the hexadecimal SHA-256 of such a key, written
+	// with its ULID in capitals. May be a placeholder, such as `{env.TEAM_A_KEY}`, which is resolved at start.
+	Secret string `json:"key,omitempty"`
+
+	// What the key is called in logs and reports.
+	Name string `json:"name,omitempty"`
+
+	// Whom it belongs to.
+	Owner string `json:"owner,omitempty"`
+
+	// How many requests it may make in each UTC minute. Default: no limit.
+	RPM int64 `json:"rpm,omitempty"`
+
+	// How many requests it may make in each UTC day. Default: no limit.
+	RPD int64 `json:"rpd,omitempty"`
+
+	// How much it may spend in each spend_period, in USD, as a decimal string. The cap is soft: a request that
+	// begins below it runs to its end. Default: no limit.
+	SpendCap Money `json:"spend_cap_usd,omitempty"`
+
+	// The period of spend_cap_usd: `total`, or the UTC `day` or `month`. Default: `total`.
+	SpendPeriod Period `json:"spend_period,omitempty"`
+
+	// The models it may use, by name or by pattern (`openai/*`). Default: all.
+	Models []string `json:"models,omitempty"`
+
+	// The model of a request that names none.
+	DefaultModel string `json:"default_model,omitempty"`
+
+	// When it stops being valid. Default: never.
+	Expires time.Time `json:"expires,omitzero"`
+
+	// Whether it is refused for now.
+	Suspended bool `json:"suspended,omitempty"`
+
+	id string // identifies it in the store: the front half of its digest
+}
+
+const (
+	keyPrefix    = "rsk_"
+	keyLength    = len(keyPrefix) + 26
+	digestPrefix = "sha256:"
+)
+
+// check finds what is wrong with the key as it is written. A secret that is a placeholder is left to newKeyring.
+func (k *Key) check(models modelTable) error {
+	if !strings.Contains(k.Secret, "{") {
+		if _, err := digestOf(k.Secret); err != nil {
+			return err
+		}
+	}
+	switch {
+	case k.RPM < 0:
+		return fmt.Errorf("rpm: %d is negative", k.RPM)
+	case k.RPD < 0:
+		return fmt.Errorf("rpd: %d is negative", k.RPD)
+	case k.SpendCap < 0:
+		return fmt.Errorf("spend_cap_usd: %s is negative", k.SpendCap)
+	}
+	if err := k.SpendPeriod.check(); err != nil {
+		return err
+	}
+	for _, pattern := range k.Models {
+		if err := checkPattern(pattern); err != nil {
+			return fmt.Errorf("models: %w", err)
+		}
+	}
+	if k.DefaultModel == "" {
+		return nil
+	}
+	if models.find(k.DefaultModel) == nil {
+		return fmt.Errorf("default_model: no model matches %s", k.DefaultModel)
+	}
+	if !k.allows(k.DefaultModel) {
+		return fmt.Errorf("default_model: %s is not among the key's own models", k.DefaultModel)
+	}
+	return nil
+}
+
+// allows reports whether the key may use a model.
+func (k *Key) allows(model string) bool {
+	if len(k.Models) == 0 {
+		return true
+	}
+	for _, pattern := range k.Models {
+		if matches(pattern, model) {
+			return true
+		}
+	}
+	return false
+}
+
+// mayReach reports whether the key may use a model of this name, or one that this pattern covers.
+func (k *Key) mayReach(name string) bool {
+	if k.allows(strings.TrimSuffix(name, "*")) {
+		return true
+	}
+	for _, pattern := range k.Models {
+		if matches(name, strings.TrimSuffix(pattern, "*")) {
+			return true
+		}
+	}
+	return false
+}
+
+func (k *Key) limits() Limits {
+	return Limits{RPM: k.RPM, RPD: k.RPD, SpendCap: k.SpendCap, SpendPeriod: k.SpendPeriod}
+}
+
+type digest [sha256.Size]byte
+
+// keyring finds keys by the digest of their secret. The secrets themselves are not in memory.
+type keyring map[digest]*Key
+
+// newKeyring resolves the placeholders in the secrets.
+func newKeyring(keys []*Key) (keyring, error) {
+	ring := make(keyring, len(keys))
+	for i, k := range keys {
+		secret, err := caddy.NewReplacer().ReplaceOrErr(k.Secret, true, true)
+		if err != nil {
+			return nil, fmt.Errorf("key %s: %w", nameOr(k.Name, i), err)
+		}
+		d, err := digestOf(strings.TrimSpace(secret))
+		if err != nil {
+			return nil, fmt.Errorf("key %s: %w", nameOr(k.Name, i), err)
+		}
+		if other := ring[d]; other != nil {
+			return nil, fmt.Errorf("key %s has the same secret as another key (%s)", nameOr(k.Name, i), other.Name)
+		}
+		k.id = hex.EncodeToString(d[:len(d)/2])
+		ring[d] = k
+	}
+	return ring, nil
+}
+
+var errBadSecret = errors.New("a key is rsk_ and a 26-character ULID, or sha256: and 64 hexadecimal digits")
+
+// digestOf reads a secret as a configuration gives it. It never returns the secret in an error.
+func digestOf(secret string) (d digest, err error) {
+	if encoded, ok := strings.CutPrefix(secret, digestPrefix); ok {
+		raw, err := hex.DecodeString(encoded)
+		if err != nil || len(raw) != len(d) {
+			return d, errBadSecret
+		}
+		return digest(raw), nil
+	}
+	token, ok := canonicalToken(secret)
+	if !ok {
+		return d, errBadSecret
+	}
+	return sha256.Sum256([]byte(token)), nil
+}
+
+// canonicalToken checks the form of a client's token and puts its ULID in capitals, as Crockford's base32 is case
+// insensitive. What does not have the form of a key never reaches a store.
+func canonicalToken(token string) (string, bool) {
+	if len(token) != keyLength || !strings.EqualFold(token[:len(keyPrefix)], keyPrefix) {
+		return "", false
+	}
+	ulid := strings.ToUpper(token[len(keyPrefix):])
+	if len(ulid) != 26 || strings.Trim(ulid, "0123456789ABCDEFGHJKMNPQRSTVWXYZ") != "" {
+		return "", false
+	}
+	return keyPrefix + ulid, true
+}
+
+// authenticate finds the key that a request was sent with. The key of a refused request is returned as well, where
+// there is one.
+func (ring keyring) authenticate(r *http.Request) (*Key, *apiError) {
+	scheme, token, _ := strings.Cut(r.Header.Get("Authorization"), " ")
+	if !strings.EqualFold(scheme, "Bearer") {
+		return nil, errUnauthorized
+	}
+	token, ok := canonicalToken(strings.Trim(token, " "))
+	if !ok {
+		return nil, errUnauthorized
+	}
+	// Looking a digest up tells by its timing nothing of use: whoever can choose digests can invert SHA-256.
+	k := ring[sha256.Sum256([]byte(token))]
+	switch {
+	case k == nil:
+		return nil, errUnauthorized
+	case !k.Expires.IsZero() && !time.Now().Before(k.Expires):
+		return k, errExpired
+	case k.Suspended:
+		return k, errSuspended
+	}
+	return k, nil
+}

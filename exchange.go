@@ -1,0 +1,226 @@
+package mesh
+
+import (
+	"cmp"
+	"net/http"
+	"strings"
+	"time"
+
+	"github.com/caddyserver/caddy/v2"
+	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
+	"github.com/oklog/ulid/v2"
+	"go.uber.org/zap"
+	"go.uber.org/zap/zapcore"
+)
+
+const (
+	chatPath   = "/v1/chat/completions"
+	modelsPath = "/v1/models"
+)
+
+// endpoint returns what serves a path, and with which method; nil where that is not the gateway's.
+func endpoint(path string) (serve func(*exchange) *apiError, method string) {
+	switch {
+	case path == chatPath:
+		return (*exchange).chat, http.MethodPost
+	case path == modelsPath:
+		return (*exchange).listModels, http.MethodGet
+	case strings.HasPrefix(path, modelsPath+"/"):
+		return (*exchange).getModel, http.MethodGet
+	}
+	return nil, ""
+}
+
+// exchange is one request on its way through the gateway, and what is known of it so far.
+type exchange struct {
+	h *Handler
+	w http.ResponseWriter
+	r *http.Request
+
+	started time.Time
+	taken   bool // the body was read
+	key     *Key
+	event   Event // as far as it is known; the ledger gets it only if the request was admitted
+}
+
+func (h *Handler) newExchange(w http.ResponseWriter, r *http.Request) *exchange {
+	x := &exchange{h: h, w: w, r: r, started: time.Now()}
+	x.event.RequestID = "req_" + ulid.Make().String()
+	x.event.Outcome = outcomeRefused
+	w.Header().Set("X-Request-Id", x.event.RequestID)
+	if repl, ok := r.Context().Value(caddy.ReplacerCtxKey).(*caddy.Replacer); ok {
+		repl.Map(x.placeholder)
+	}
+	return x
+}
+
+// authenticate finds the key of the request.
+func (x *exchange) authenticate() *apiError {
+	key, refusal := x.h.keys.authenticate(x.r)
+	if key != nil {
+		x.key = key
+		x.event.KeyID, x.event.KeyName, x.event.Owner = key.id, key.Name, key.Owner
+	}
+	return refusal
+}
+
+// meshClient reports whether the client is one written for the Mesh API.
+func (x *exchange) meshClient() bool { return x.r.Header.Get("X-MeshAPI-SDK") != "" }
+
+// chat serves POST /v1/chat/completions.
+func (x *exchange) chat() *apiError {
+	if refusal := x.authenticate(); refusal != nil {
+		return refusal
+	}
+	body, refusal := readBody(x.w, x.r, x.h.MaxBodySize)
+	if refusal != nil {
+		return refusal
+	}
+	x.taken = true
+	req, refusal := parseChat(body)
+	if refusal != nil {
+		return refusal
+	}
+	req.includeUsage = req.includeUsage || x.meshClient()
+	x.event.SessionID, x.event.Stream = req.sessionID, req.stream
+	candidates, refusal := x.route(req)
+	if refusal != nil {
+		return refusal
+	}
+	store, err := x.h.store.acquire()
+	if err != nil {
+		return x.storeFailed(err)
+	}
+	defer x.h.releaseStore()
+	if refusal := x.admit(store); refusal != nil {
+		return refusal
+	}
+	served := x.handOff(req, candidates)
+	x.settle(store, req, served)
+	return served.refusal
+}
+
+func (x *exchange) storeFailed(err error) *apiError {
+	x.h.logger.Error("store unavailable", zap.String("request_id", x.event.RequestID), zap.Error(err))
+	return errStoreUnavailable
+}
+
+func (h *Handler) releaseStore() {
+	if err := h.store.release(); err != nil {
+		h.logger.Error("closing store", zap.Error(err))
+	}
+}
+
+// answer writes a whole JSON answer of the gateway's own.
+func (x *exchange) answer(v any) *apiError {
+	x.event.Outcome = OutcomeCompleted
+	if err := writeJSON(x.w, http.StatusOK, v); err != nil {
+		x.h.logger.Debug("client did not take the answer", zap.Error(err))
+	}
+	return nil
+}
+
+// refuse writes an error to the client: the one place that does.
+func (x *exchange) refuse(e *apiError) error {
+	x.event.Status, x.event.Error = e.status, e.code
+	if c := x.h.logger.Check(zapcore.DebugLevel, "request refused"); c != nil {
+		c.Write(zap.String("request_id", x.event.RequestID), zap.Int("status", e.status), zap.Error(e))
+	}
+	if !x.taken && x.bodyMayBlock() {
+		x.w.Header().Set("Connection", "close")
+	}
+	if err := e.write(x.w, x.event.RequestID); err != nil {
+		x.h.logger.Debug("client did not take the error", zap.Error(err))
+	}
+	return nil
+}
+
+// bodyMayBlock reports whether net/http would hold the answer back to take in a body that may be slow to come, so
+// that the connection can be used again. Closing it is better.
+func (x *exchange) bodyMayBlock() bool {
+	const short = 64 << 10 // is most likely here already
+	return x.r.ProtoMajor == 1 && (x.r.ContentLength < 0 || x.r.ContentLength > short || x.r.Header.Get("Expect") != "")
+}
+
+// outcomeRefused is the outcome of a request that was not let through. The ledger never has it.
+const outcomeRefused Outcome = "refused"
+
+// placeholder returns the value of one of the {http.mesh.*} placeholders.
+func (x *exchange) placeholder(name string) (any, bool) {
+	name, ok := strings.CutPrefix(name, "http.mesh.")
+	if !ok {
+		return nil, false
+	}
+	e := &x.event
+	switch name {
+	case "request_id":
+		return e.RequestID, true
+	case "key.id":
+		return e.KeyID, true
+	case "key.name":
+		return e.KeyName, true
+	case "key.owner":
+		return e.Owner, true
+	case "session_id":
+		return e.SessionID, true
+	case "model":
+		return e.Model, true
+	case "upstream":
+		return e.Upstream, true
+	case "attempts":
+		return e.Attempts, true
+	case "outcome":
+		return string(e.Outcome), true
+	case "error":
+		return e.Error, true
+	case "usage.prompt_tokens":
+		return e.PromptTokens, true
+	case "usage.cached_tokens":
+		return e.CachedTokens, true
+	case "usage.completion_tokens":
+		return e.CompletionTokens, true
+	case "usage.total_tokens":
+		return e.PromptTokens + e.CompletionTokens, true
+	case "usage.estimated":
+		return e.Estimated, true
+	case "cost":
+		return e.Cost.String(), true
+	}
+	return nil, false
+}
+
+// log adds what is known of the request to its entry in the access log.
+func (x *exchange) log() {
+	if fields, ok := x.r.Context().Value(caddyhttp.ExtraLogFieldsCtxKey).(*caddyhttp.ExtraLogFields); ok {
+		fields.Set(zap.Object("mesh", &x.event))
+	}
+}
+
+// MarshalLogObject writes the event as the access log shows it.
+func (e *Event) MarshalLogObject(enc zapcore.ObjectEncoder) error {
+	text := func(name, value string) {
+		if value != "" {
+			enc.AddString(name, value)
+		}
+	}
+	text("request_id", e.RequestID)
+	text("key", cmp.Or(e.KeyName, e.KeyID))
+	text("owner", e.Owner)
+	text("session_id", e.SessionID)
+	text("model", e.Model)
+	text("upstream", e.Upstream)
+	text("outcome", string(e.Outcome))
+	text("error", e.Error)
+	if e.Attempts == 0 {
+		return nil
+	}
+	enc.AddInt("attempts", e.Attempts)
+	enc.AddBool("stream", e.Stream)
+	enc.AddDuration("ttft", e.TTFT)
+	enc.AddInt64("prompt_tokens", e.PromptTokens)
+	enc.AddInt64("cached_tokens", e.CachedTokens)
+	enc.AddInt64("completion_tokens", e.CompletionTokens)
+	enc.AddBool("estimated", e.Estimated)
+	enc.AddString("cost_usd", e.Cost.String())
+	return nil
+}

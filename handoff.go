@@ -1,0 +1,179 @@
+package mesh
+
+import (
+	"context"
+	"errors"
+	"io"
+	"net/http"
+	"net/http/httptrace"
+	"strconv"
+	"syscall"
+	"time"
+
+	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
+	"go.uber.org/zap"
+	"go.uber.org/zap/zapcore"
+)
+
+// served is how the hand-off ended.
+type served struct {
+	by      *candidate // nil where no candidate's answer went out
+	outcome Outcome
+	status  int
+	usage   usage      // of the answer
+	known   bool       // usage is what the upstream said
+	text    textSample // what the client was sent, for an estimate
+	prompt  bool       // the prompt has reached an upstream that may charge for it
+	refusal *apiError  // what the client must be told; nil where it has its answer, or has left
+
+	errorCode string // of the error that a stream ended in
+}
+
+// maxStale is how many times one candidate is asked again because an idle connection turned out to be closed.
+const maxStale = 2
+
+var errOutOfTime = errors.New("the request's time ran out")
+
+// handOff lets the candidates answer, one after another until one does. Once the first byte has gone out there is no
+// second try.
+func (x *exchange) handOff(req *chatRequest, candidates []candidate) *served {
+	timeout := req.timeout
+	if timeout == 0 {
+		timeout = time.Duration(x.h.Timeout)
+	}
+	ctx, cancel := context.WithTimeoutCause(x.r.Context(), timeout, errOutOfTime)
+	defer cancel()
+
+	var failures []*failure
+	for i := range candidates {
+		c := &candidates[i]
+		x.event.Upstream = c.upstream.Name // an answer's header may be made of it
+		a := x.try(ctx, req, c)
+		switch {
+		case a.committed:
+			return a.served()
+		case x.r.Context().Err() != nil || a.clientGone:
+			return x.clientLeft(a)
+		case a.timedOut:
+			return x.outOfTime(a, req.timeout != 0)
+		}
+		f := a.failure()
+		x.logFailure(c, f)
+		failures = append(failures, f)
+		if !f.retriable {
+			break
+		}
+	}
+	x.tellAttempts()
+	return &served{outcome: OutcomeError, refusal: tell(failures)}
+}
+
+// clientLeft ends a request whose client left before the first byte of an answer.
+func (x *exchange) clientLeft(a *answer) *served {
+	const clientClosedRequest = 499 // nginx's, and reverse_proxy's, number for the access log
+	x.w.WriteHeader(clientClosedRequest)
+	return &served{by: a.by, outcome: OutcomeClientGone, status: clientClosedRequest, prompt: a.sent}
+}
+
+// outOfTime ends a request whose time ran out before an answer. If the limit was its own, that is as if the client
+// had left: it pays for what the upstream had begun.
+func (x *exchange) outOfTime(a *answer, own bool) *served {
+	x.tellAttempts()
+	x.logFailure(a.by, &failure{cause: errOutOfTime, retriable: true})
+	s := &served{outcome: OutcomeTimeout, refusal: errTimeout}
+	if own {
+		s.by, s.prompt = a.by, a.sent
+	}
+	return s
+}
+
+func (x *exchange) tellAttempts() {
+	x.w.Header().Set("X-Mesh-Routing-Attempts", strconv.Itoa(x.event.Attempts))
+}
+
+func (x *exchange) logFailure(c *candidate, f *failure) {
+	level := zapcore.WarnLevel
+	if !f.retriable {
+		level = zapcore.DebugLevel // the request's own fault
+	}
+	x.h.logger.Log(level, "upstream attempt failed",
+		zap.String("request_id", x.event.RequestID),
+		zap.String("model", c.model),
+		zap.String("upstream", c.upstream.Name),
+		zap.Int("status", f.status),
+		zap.Bool("retriable", f.retriable),
+		zap.Error(f.cause))
+}
+
+// try lets one candidate answer. A kept-alive connection that the upstream had closed meanwhile is not its fault:
+// then it is asked again.
+func (x *exchange) try(ctx context.Context, req *chatRequest, c *candidate) *answer {
+	x.event.Attempts++
+	for stale := 0; ; stale++ {
+		a := newAnswer(x, req, c)
+		a.err = a.from(ctx)
+		a.timedOut = context.Cause(ctx) == errOutOfTime
+		a.finish()
+		if stale == maxStale || ctx.Err() != nil || !a.wasStale() {
+			return a
+		}
+	}
+}
+
+// from lets the candidate's handler answer into a. A panic with http.ErrAbortHandler is how reverse_proxy says that
+// an answer broke off after its header; any other goes on.
+func (a *answer) from(ctx context.Context) (err error) {
+	defer func() {
+		switch p := recover(); p {
+		case nil:
+		case http.ErrAbortHandler:
+			err = errBrokenOff
+		default:
+			panic(p)
+		}
+	}()
+	ctx = httptrace.WithClientTrace(ctx, &httptrace.ClientTrace{
+		GotConn:      func(info httptrace.GotConnInfo) { a.reused.Store(info.Reused) },
+		WroteHeaders: func() { a.reached.Store(true) },
+	})
+	out := a.by.upstream.outbound(a.x.r.WithContext(ctx))
+	parts, size := a.req.segments(a.by.as)
+	out.ContentLength = size
+	out.Header.Set("Content-Length", strconv.FormatInt(size, 10))
+	out.Body = &segmentReader{parts: parts}
+	out.GetBody = a.body
+	return a.by.upstream.handler.ServeHTTP(a, out, noAnswer)
+}
+
+// body is the request's body once more, for net/http to send on a new connection where the upstream had closed a
+// kept-alive one. It does not hold on to the bytes.
+func (a *answer) body() (io.ReadCloser, error) {
+	parts, _ := a.req.segments(a.by.as)
+	return &segmentReader{parts: parts}, nil
+}
+
+var noAnswer = caddyhttp.HandlerFunc(func(http.ResponseWriter, *http.Request) error {
+	return caddyhttp.Error(http.StatusBadGateway, errors.New("the upstream's handler did not answer"))
+})
+
+var errBrokenOff = errors.New("the upstream's answer broke off")
+
+// wasStale reports whether nothing came of the attempt because it went out on a connection that had been idle, and
+// that the upstream had closed.
+func (a *answer) wasStale() bool {
+	if a.status != 0 || a.err == nil || !a.reused.Load() {
+		return false
+	}
+	return errors.Is(a.err, io.EOF) || errors.Is(a.err, io.ErrUnexpectedEOF) ||
+		errors.Is(a.err, syscall.ECONNRESET) || errors.Is(a.err, syscall.EPIPE) || isServerClosedIdle(a.err)
+}
+
+// isServerClosedIdle recognises an error that net/http does not export.
+func isServerClosedIdle(err error) bool {
+	for ; err != nil; err = errors.Unwrap(err) {
+		if err.Error() == "http: server closed idle connection" {
+			return true
+		}
+	}
+	return false
+}

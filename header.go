@@ -1,0 +1,19 @@
+package mesh
+
+import "net/http"
+
+// passHeader copies what a client may see of an upstream's header: what its answer is. The rest is about the
+// connection with the upstream, the gateway's account there, or tells who the upstream is.
+func passHeader(to, from http.Header) {
+	for _, name := range []string{"Content-Type", "Content-Language"} {
+		if values := from[name]; len(values) > 0 {
+			to[name] = values
+		}
+	}
+	for _, name := range []string{"X-Request-Id", "Request-Id"} {
+		if id := from.Get(name); id != "" {
+			to.Set("X-Upstream-Request-Id", id)
+			return
+		}
+	}
+}

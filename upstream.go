@@ -1,0 +1,157 @@
+package mesh
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"maps"
+	"net/http"
+	"net/url"
+	"strings"
+
+	"github.com/caddyserver/caddy/v2"
+	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
+	"github.com/caddyserver/caddy/v2/modules/caddyhttp/reverseproxy"
+)
+
+// Upstream is one provider of models.
+type Upstream struct {
+	// The name that models refer to.
+	Name string `json:"name,omitempty"`
+
+	// What stands before `/chat/completions` in its URLs, such as `/v1`; a query, where it needs one, goes with
+	// every request.
+	BasePath string `json:"base_path,omitempty"`
+
+	// The provider's API key, sent as a bearer token. May be a placeholder, such as `{env.OPENAI_API_KEY}`, which is
+	// resolved at start. Default: none is sent.
+	APIKey string `json:"api_key,omitempty"`
+
+	// Headers that go with every request. Values may be placeholders, which are resolved at start.
+	Headers map[string]string `json:"headers,omitempty"`
+
+	// The handler that carries the request; normally `reverse_proxy`. Headers that it sets from
+	// `{http.request.header.*}` are those of the client's request, its key included.
+	HandlerRaw json.RawMessage `json:"handle,omitempty" caddy:"namespace=http.handlers inline_key=handler"`
+
+	handler caddyhttp.MiddlewareHandler
+	path    string      // of BasePath
+	query   string      // of BasePath
+	host    string      // of Headers
+	header  http.Header // resolved, the API key with it; nil where the handler's transport has them
+}
+
+func (u *Upstream) check() error {
+	if u.Name == "" {
+		return errors.New("it needs a name")
+	}
+	if u.HandlerRaw == nil {
+		return errors.New("it needs an address, or a handler")
+	}
+	_, err := u.base()
+	return err
+}
+
+// base reads BasePath.
+func (u *Upstream) base() (*url.URL, error) {
+	if u.BasePath == "" {
+		return new(url.URL), nil
+	}
+	base, err := url.Parse(u.BasePath)
+	if err != nil || !strings.HasPrefix(u.BasePath, "/") || base.Host != "" || base.Fragment != "" {
+		return nil, fmt.Errorf("base_path: %q is not the path of a URL", u.BasePath)
+	}
+	return base, nil
+}
+
+func (u *Upstream) provision(ctx caddy.Context) error {
+	base, err := u.base()
+	if err != nil {
+		return err
+	}
+	u.path, u.query = strings.TrimSuffix(base.Path, "/"), base.RawQuery
+	header := make(http.Header, len(u.Headers)+1)
+	if u.APIKey != "" {
+		key, err := caddy.NewReplacer().ReplaceOrErr(u.APIKey, true, true)
+		if err != nil {
+			return fmt.Errorf("api_key: %w", err)
+		}
+		header.Set("Authorization", "Bearer "+strings.TrimSpace(key))
+	}
+	for name, value := range u.Headers {
+		resolved, err := caddy.NewReplacer().ReplaceOrErr(value, true, true)
+		if err != nil {
+			return fmt.Errorf("header %s: %w", name, err)
+		}
+		header.Set(name, resolved)
+	}
+	u.host = header.Get("Host") // which net/http has elsewhere
+	header.Del("Host")
+	handler, err := ctx.LoadModule(u, "HandlerRaw")
+	if err != nil {
+		return fmt.Errorf("loading its handler: %w", err)
+	}
+	u.handler = handler.(caddyhttp.MiddlewareHandler)
+	if proxy, ok := handler.(*reverseproxy.Handler); ok {
+		proxy.Transport = &concealingTransport{RoundTripper: proxy.Transport, header: header, host: u.host}
+		return nil
+	}
+	u.header = header
+	return nil
+}
+
+// concealingTransport adds the upstream's own headers, its credentials among them, below reverse_proxy. What
+// reverse_proxy knows of a request it logs, with warnings too, and of the headers Caddy redacts only Authorization.
+type concealingTransport struct {
+	http.RoundTripper
+	header http.Header
+	host   string // empty: as it is
+}
+
+// RoundTrip sends r with the headers.
+func (t *concealingTransport) RoundTrip(r *http.Request) (*http.Response, error) {
+	out := new(http.Request)
+	*out = *r
+	out.Header = maps.Clone(r.Header)
+	maps.Copy(out.Header, t.header)
+	if t.host != "" {
+		out.Host = t.host
+	}
+	return t.RoundTripper.RoundTrip(out)
+}
+
+// ProxyProtocolEnabled is for reverse_proxy, which asks its transport.
+func (t *concealingTransport) ProxyProtocolEnabled() bool {
+	inner, ok := t.RoundTripper.(reverseproxy.ProxyProtocolTransport)
+	return ok && inner.ProxyProtocolEnabled()
+}
+
+// passedOn are the headers of a client that an upstream receives: what describes the request, and trace context.
+// Cookies, credentials and everything else stay here.
+var passedOn = []string{"Accept", "Content-Type", "User-Agent", "Traceparent", "Tracestate", "Baggage"}
+
+// outbound returns r as the upstream gets it, without a body.
+func (u *Upstream) outbound(r *http.Request) *http.Request {
+	header := make(http.Header, len(passedOn)+len(u.header)+4)
+	for _, name := range passedOn {
+		if values := r.Header[name]; len(values) > 0 {
+			header[name] = values
+		}
+	}
+	header.Set("Accept-Encoding", "identity") // the meter must be able to read the answer
+	for _, name := range []string{"X-Forwarded-For", "X-Forwarded-Host", "X-Forwarded-Proto"} {
+		header[name] = nil // nil keeps reverse_proxy from adding it
+	}
+	maps.Copy(header, u.header)
+	out := new(http.Request)
+	*out = *r
+	out.Header = header
+	out.Trailer = nil
+	out.TransferEncoding = nil
+	out.URL = &url.URL{Path: u.path + "/chat/completions", RawQuery: u.query}
+	out.RequestURI = out.URL.RequestURI()
+	out.Host = u.host // if empty, net/http takes that of the address reverse_proxy has chosen
+	return out
+}
+
+var _ reverseproxy.ProxyProtocolTransport = (*concealingTransport)(nil)

@@ -1,0 +1,233 @@
+package mesh
+
+import (
+	"strconv"
+	"time"
+)
+
+// usage is what an answer used.
+type usage struct {
+	prompt     int64
+	cached     int64 // part of prompt
+	completion int64
+}
+
+// cost is what u costs at a price; nothing where there is none.
+func (p *Price) cost(u usage) Money {
+	if p == nil {
+		return 0
+	}
+	cachedPrice := p.Input
+	if p.Cached != nil {
+		cachedPrice = *p.Cached
+	}
+	cached := min(u.cached, u.prompt)
+	var c tokenCost
+	c.add(u.prompt-cached, p.Input)
+	c.add(cached, cachedPrice)
+	c.add(u.completion, p.Output)
+	return c.round()
+}
+
+// settle closes the request's account: what it used, what that costs, and the ledger's entry. By now the client has
+// all of its answer, or it has been flushed.
+func (x *exchange) settle(store Store, req *chatRequest, s *served) {
+	e := &x.event
+	e.Outcome, e.Status = s.outcome, s.status
+	e.Error = s.errorCode
+	if s.refusal != nil {
+		e.Status, e.Error = s.refusal.status, s.refusal.code
+	}
+	u := s.usage
+	if !s.known && s.prompt {
+		u = usage{prompt: req.prompt.estimate(req.body), completion: s.text.estimate()}
+		e.Estimated = true
+	}
+	e.PromptTokens, e.CachedTokens, e.CompletionTokens = u.prompt, u.cached, u.completion
+	if s.by != nil {
+		e.Model, e.Upstream = s.by.model, s.by.upstream.Name
+		e.Cost = s.by.price.cost(u)
+	}
+	e.Time = time.Now().UTC()
+	e.Duration = e.Time.Sub(x.started)
+	store.Settle(*e)
+}
+
+// said is what one JSON text of an answer, a whole body or the data of one event, says about itself.
+type said struct {
+	readable bool // it is a JSON object
+	choices  int
+	finished bool // a choice says why it ended
+	usage    usage
+	hasUsage bool
+	failed   bool // it has a member error, and is no answer
+	cost     span // the value of a member cost that is there already
+	closing  int  // the offset of the last brace
+}
+
+// maxAnswerDepth is how deep an answer may nest to be read.
+const maxAnswerDepth = 1000
+
+// readAnswer reads a chat.completion or a chat.completion.chunk, and adds its text to t.
+func readAnswer(text []byte, t *textSample) (s said) {
+	c := cursor{data: text, maxDepth: maxAnswerDepth}
+	if c.peek() != '{' {
+		return s
+	}
+	for more := c.enter('{'); more; more = c.next('}') {
+		switch string(c.name()) {
+		case "choices":
+			c.eachOf(func() {
+				s.choices++
+				s.finished = c.choice(t) || s.finished
+			})
+		case "usage":
+			s.usage, s.hasUsage = c.usage()
+		case "error":
+			s.failed = c.peek() != 'n'
+			c.skip()
+		case "cost":
+			s.cost = c.skip()
+		default:
+			c.skip()
+		}
+	}
+	s.closing = c.pos - 1
+	c.end()
+	s.readable = c.err == nil
+	return s
+}
+
+// costEdit returns what is to be put in place of text[from:until] so that the answer says what it cost; nil, and an
+// empty range at the end, where there is nothing to say.
+func (s said) costEdit(p *Price) (insert []byte, from, until int) {
+	if !s.hasUsage || p == nil {
+		return nil, s.closing, s.closing
+	}
+	value := strconv.Quote(p.cost(s.usage).String())
+	if s.cost.to > 0 {
+		return []byte(value), s.cost.from, s.cost.to
+	}
+	return []byte(`,"cost":` + value), s.closing, s.closing
+}
+
+// eachOf calls element for each element of an array, which must consume it. Anything else is passed over.
+func (c *cursor) eachOf(element func()) {
+	if c.peek() != '[' {
+		c.skip()
+		return
+	}
+	for more := c.enter('['); more; more = c.next(']') {
+		element()
+	}
+}
+
+// eachMember calls member for each member of an object, which must consume its value. Anything else is passed over.
+func (c *cursor) eachMember(member func(name []byte)) {
+	if c.peek() != '{' {
+		c.skip()
+		return
+	}
+	for more := c.enter('{'); more; more = c.next('}') {
+		member(c.name())
+	}
+}
+
+// choice reads one of the choices of an answer.
+func (c *cursor) choice(t *textSample) (finished bool) {
+	c.eachMember(func(name []byte) {
+		switch string(name) {
+		case "finish_reason":
+			finished = c.peek() == '"'
+			c.skip()
+		case "delta", "message":
+			c.message(t)
+		default:
+			c.skip()
+		}
+	})
+	return finished
+}
+
+// message reads what a model says: its text, its reasoning, and the tools it calls.
+func (c *cursor) message(t *textSample) {
+	c.eachMember(func(name []byte) {
+		switch string(name) {
+		case "content", "reasoning_content", "reasoning", "refusal":
+			c.textTo(t)
+		case "tool_calls":
+			c.eachOf(func() { c.toolCall(t) })
+		case "function_call":
+			c.functionCall(t)
+		default:
+			c.skip()
+		}
+	})
+}
+
+func (c *cursor) toolCall(t *textSample) {
+	c.eachMember(func(name []byte) {
+		if string(name) == "function" {
+			c.functionCall(t)
+			return
+		}
+		c.skip()
+	})
+}
+
+func (c *cursor) functionCall(t *textSample) { c.eachMember(func([]byte) { c.textTo(t) }) }
+
+// textTo adds a string to t; of a list of parts, the text of each.
+func (c *cursor) textTo(t *textSample) {
+	switch c.peek() {
+	case '"':
+		raw, _ := c.str()
+		t.add(raw)
+	case '[':
+		c.eachOf(func() {
+			c.eachMember(func(name []byte) {
+				if string(name) == "text" {
+					c.textTo(t)
+					return
+				}
+				c.skip()
+			})
+		})
+	default:
+		c.skip()
+	}
+}
+
+// usage reads OpenAI's usage object. It says nothing unless it has both counts.
+func (c *cursor) usage() (u usage, ok bool) {
+	hasPrompt, hasCompletion := false, false
+	c.eachMember(func(name []byte) {
+		switch string(name) {
+		case "prompt_tokens":
+			u.prompt, hasPrompt = c.count()
+		case "completion_tokens":
+			u.completion, hasCompletion = c.count()
+		case "prompt_tokens_details":
+			c.eachMember(func(name []byte) {
+				if string(name) == "cached_tokens" {
+					u.cached, _ = c.count()
+					return
+				}
+				c.skip()
+			})
+		default:
+			c.skip()
+		}
+	})
+	return u, hasPrompt && hasCompletion
+}
+
+// count reads a number of tokens.
+func (c *cursor) count() (n int64, ok bool) {
+	at := c.skip()
+	n, err := strconv.ParseInt(string(at.of(c.data)), 10, 64)
+	if err != nil || n < 0 {
+		return 0, false
+	}
+	return n, true
+}
