@@ -120,17 +120,24 @@ func (a *answer) FlushError() error {
 // Unwrap lets http.ResponseController set deadlines.
 func (a *answer) Unwrap() http.ResponseWriter { return a.x.w }
 
-// toClient writes to the client.
+// toClient writes to the client. One that has left is no error while the answer is drained.
 func (a *answer) toClient(p []byte) error {
 	if a.clientGone {
-		return context.Canceled
+		return a.gone(context.Canceled)
 	}
 	if _, err := a.x.w.Write(p); err != nil {
 		a.clientGone = true
-		return err
+		return a.gone(err)
 	}
 	a.unflushed = true
 	return nil
+}
+
+func (a *answer) gone(err error) error {
+	if a.by.upstream.OnHangup.Policy == hangupDrain {
+		return nil
+	}
+	return err
 }
 
 // commit makes this candidate's answer the one.
@@ -195,15 +202,18 @@ func (a *answer) finish() {
 	insert, at, until := said.costEdit(a.by.price)
 	a.header.Set("Content-Type", "application/json")
 	a.x.w.Header().Set("Content-Length", strconv.Itoa(len(body)-(until-at)+len(insert)))
-	a.commit()
 	a.result.outcome = OutcomeCompleted
+	if a.x.r.Context().Err() != nil { // it left while the answer was drained
+		a.result.outcome = OutcomeClientGone
+	}
+	a.commit()
+	a.x.firstByte()
 	for _, part := range [][]byte{body[:at], insert, body[until:]} {
-		if len(part) > 0 && a.toClient(part) != nil {
+		if len(part) > 0 && (a.toClient(part) != nil || a.clientGone) {
 			a.result.outcome = OutcomeClientGone
 			return
 		}
 	}
-	a.x.firstByte()
 	if !a.result.known {
 		a.FlushError() //nolint:errcheck // the client shall not wait for the estimate; if it is gone, it will not
 	}

@@ -36,6 +36,7 @@ import (
 //			api_key   <key>
 //			header    <name> <value>
 //			base_path <path>
+//			on_hangup cancel|free|drain [<timeout> [<at once>]]
 //			reverse_proxy {
 //				<any option of reverse_proxy>
 //			}

@@ -2,6 +2,7 @@ package mesh
 
 import (
 	"encoding/json"
+	"strconv"
 	"strings"
 
 	"github.com/caddyserver/caddy/v2"
@@ -32,6 +33,7 @@ func (p *blockParser) upstream(h *Handler) error {
 	err = p.block(words{
 		"api_key":       {parse: func() error { return p.text(&u.APIKey) }},
 		"header":        {parse: func() error { return p.header(u) }, many: true},
+		"on_hangup":     {parse: func() error { return p.onHangup(u) }},
 		"base_path":     {parse: func() error { return p.text(&u.BasePath) }},
 		"reverse_proxy": {parse: func() error { proxy = p.NextSegment(); return nil }},
 		"handle":        {parse: func() error { handle = p.NextSegment(); return nil }},
@@ -47,6 +49,33 @@ func (p *blockParser) upstream(h *Handler) error {
 		return p.reverseProxy(u, name, addresses, proxy)
 	}
 	return p.locate(wrongf(u, "upstream %s needs an address", u.Name))
+}
+
+// onHangup parses cancel, free, or drain with its limits.
+func (p *blockParser) onHangup(u *Upstream) error {
+	args := p.RemainingArgs()
+	if len(args) == 0 || len(args) > 3 || len(args) > 1 && args[0] != hangupDrain {
+		return p.ArgErr()
+	}
+	u.OnHangup = &Hangup{Policy: args[0]}
+	if len(args) > 1 {
+		d, err := caddy.ParseDuration(args[1])
+		if err != nil || d <= 0 {
+			return p.Errf("%q is not a duration above zero, such as 30s", args[1])
+		}
+		u.OnHangup.DrainTimeout = caddy.Duration(d)
+	}
+	if len(args) > 2 {
+		n, err := strconv.ParseInt(args[2], 10, 64)
+		if err != nil || n < 1 {
+			return p.Errf("%q is not a whole number above zero", args[2])
+		}
+		u.OnHangup.MaxDrains = n
+	}
+	if err := u.OnHangup.check(); err != nil {
+		return p.WrapErr(err)
+	}
+	return nil
 }
 
 func (p *blockParser) header(u *Upstream) error {

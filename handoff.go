@@ -41,14 +41,13 @@ func (x *exchange) handOff(req *chatRequest, candidates []candidate) *served {
 	if timeout == 0 {
 		timeout = time.Duration(x.h.Timeout)
 	}
-	ctx, cancel := context.WithTimeoutCause(x.r.Context(), timeout, errOutOfTime)
-	defer cancel()
+	deadline := time.Now().Add(timeout)
 
 	var failures []*failure
 	for i := range candidates {
 		c := &candidates[i]
 		x.event.Upstream = c.upstream.Name // an answer's header may be made of it
-		a := x.try(ctx, req, c)
+		a := x.try(req, c, deadline)
 		switch {
 		case a.committed:
 			return a.served()
@@ -72,7 +71,8 @@ func (x *exchange) handOff(req *chatRequest, candidates []candidate) *served {
 func (x *exchange) clientLeft(a *answer) *served {
 	const clientClosedRequest = 499 // nginx's, and reverse_proxy's, number for the access log
 	x.w.WriteHeader(clientClosedRequest)
-	return &served{by: a.by, outcome: OutcomeClientGone, status: clientClosedRequest, prompt: a.sent}
+	failed := a.status >= 300 && a.status != clientClosedRequest
+	return &served{by: a.by, outcome: OutcomeClientGone, status: clientClosedRequest, prompt: a.sent && !failed}
 }
 
 // outOfTime ends a request whose time ran out before an answer. If the limit was its own, that is as if the client
@@ -107,7 +107,9 @@ func (x *exchange) logFailure(c *candidate, f *failure) {
 
 // try lets one candidate answer. A kept-alive connection that the upstream had closed meanwhile is not its fault:
 // then it is asked again.
-func (x *exchange) try(ctx context.Context, req *chatRequest, c *candidate) *answer {
+func (x *exchange) try(req *chatRequest, c *candidate, deadline time.Time) *answer {
+	ctx, cancel := c.upstream.OnHangup.attempt(x.r.Context(), deadline)
+	defer cancel()
 	x.event.Attempts++
 	for stale := 0; ; stale++ {
 		a := newAnswer(x, req, c)

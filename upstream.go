@@ -30,6 +30,9 @@ type Upstream struct {
 	// Headers that go with every request. Values may be placeholders, which are resolved at start.
 	Headers map[string]string `json:"headers,omitempty"`
 
+	// What becomes of a request whose client leaves before its end.
+	OnHangup *Hangup `json:"on_hangup,omitempty"`
+
 	// The handler that carries the request; normally `reverse_proxy`. Headers that it sets from
 	// `{http.request.header.*}` are those of the client's request, its key included.
 	HandlerRaw json.RawMessage `json:"handle,omitempty" caddy:"namespace=http.handlers inline_key=handler"`
@@ -47,6 +50,11 @@ func (u *Upstream) check() error {
 	}
 	if u.HandlerRaw == nil {
 		return errors.New("it needs an address, or a handler")
+	}
+	if u.OnHangup != nil {
+		if err := u.OnHangup.check(); err != nil {
+			return err
+		}
 	}
 	_, err := u.base()
 	return err
@@ -70,6 +78,10 @@ func (u *Upstream) provision(ctx caddy.Context) error {
 		return err
 	}
 	u.path, u.query = strings.TrimSuffix(base.Path, "/"), base.RawQuery
+	if u.OnHangup == nil {
+		u.OnHangup = new(Hangup)
+	}
+	u.OnHangup.provision()
 	header := make(http.Header, len(u.Headers)+1)
 	if u.APIKey != "" {
 		key, err := caddy.NewReplacer().ReplaceOrErr(u.APIKey, true, true)

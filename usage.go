@@ -47,6 +47,9 @@ func (x *exchange) settle(store Store, req *chatRequest, s *served) {
 	if s.by != nil {
 		e.Model, e.Upstream = s.by.model, s.by.upstream.Name
 		e.Cost = s.by.price.cost(u)
+		if s.outcome == OutcomeClientGone && s.by.upstream.OnHangup.Policy == hangupFree {
+			e.Cost = 0
+		}
 	}
 	e.Time = time.Now().UTC()
 	e.Duration = e.Time.Sub(x.started)

@@ -2,7 +2,6 @@ package mesh
 
 import (
 	"context"
-	"io"
 	"net/http"
 	"strings"
 	"testing"
@@ -128,22 +127,7 @@ func TestClientThatLeavesIsChargedWhatItWasSent(t *testing.T) {
 				<-r.Context().Done()
 			})
 			g := startGateway(t, up.address(), site("\tmodel test/priced up {\n\t\tprice 2.50 10.00\n\t}"))
-			ctx, cancel := context.WithCancel(t.Context())
-			req, _ := http.NewRequestWithContext(ctx, http.MethodPost, g.url+"/v1/chat/completions", strings.NewReader(strings.Replace(streamBody, "plain", "priced", 1)))
-			req.Header.Set("Authorization", "Bearer "+testKey)
-			req.Header.Set("Content-Type", "application/json")
-			received := make(chan struct{})
-			go func() {
-				defer close(received)
-				if resp, err := http.DefaultClient.Do(req); err == nil {
-					io.ReadFull(resp.Body, make([]byte, len(tc.answer)))
-				}
-			}()
-			<-arrived
-			if tc.answer != "" {
-				<-received
-			}
-			cancel()
+			g.leave(strings.Replace(streamBody, "plain", "priced", 1), len(tc.answer), arrived)
 			e := g.ledger(1)[0]
 			if e.Outcome != OutcomeClientGone || !e.Estimated || e.PromptTokens != 7 || e.CompletionTokens != tc.want || e.Cost != Money(7*2500+tc.want*10_000) {
 				t.Errorf("%+v", e)
