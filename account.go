@@ -9,10 +9,11 @@ import (
 type account struct {
 	keyID string
 
-	mu      sync.Mutex
-	balance balance
-	unsaved bool           // the writer has been told that there is something new
-	settled []settledEvent // not yet with the writer; their costs are in balance already
+	mu       sync.Mutex
+	balance  balance
+	reserved reservations
+	unsaved  bool           // the writer has been told that there is something new
+	settled  []settledEvent // not yet with the writer; their costs are in balance already
 }
 
 // settledEvent is an event on its way to the ledger.
@@ -63,12 +64,13 @@ func monthOf(t time.Time) int64 {
 
 func monthAfter(start int64) int64 { return time.Unix(start, 0).UTC().AddDate(0, 1, 0).Unix() }
 
-// admit counts a request in both windows, unless one of the limits refuses it.
-func (b *balance) admit(now time.Time, limits Limits) Verdict {
+// admit counts a request in both windows, unless one of the limits refuses it. A hard cap must have room for what is
+// claimed: all that is reserved, and the request's own largest cost.
+func (b *balance) admit(now time.Time, limits Limits, claimed Money) Verdict {
 	minute, day := b.Minute.at(minuteOf(now)), b.Day.at(dayOf(now))
 	spend, spendReset := b.spent(now, limits.SpendPeriod)
 
-	refused := refusal(limits, spend, day.Sum, minute.Sum)
+	refused := refusal(limits, spend, claimed, day.Sum, minute.Sum)
 	if refused == "" {
 		minute.Sum++
 		day.Sum++
@@ -83,9 +85,11 @@ func (b *balance) admit(now time.Time, limits Limits) Verdict {
 	}
 }
 
-func refusal(limits Limits, spend Money, day, minute int64) Limit {
+func refusal(limits Limits, spend, claimed Money, day, minute int64) Limit {
 	switch {
 	case limits.SpendCap > 0 && spend >= limits.SpendCap:
+		return LimitSpend
+	case limits.SpendCap > 0 && limits.Hard && spend.plus(claimed) > limits.SpendCap:
 		return LimitSpend
 	case limits.RPD > 0 && day >= limits.RPD:
 		return LimitRPD
@@ -148,6 +152,39 @@ func (t tally) take(added tally) tally {
 		t.Sum -= added.Sum
 	}
 	return t
+}
+
+// reservations are what the requests under way under a hard cap may yet cost. They are in memory only: after a restart
+// no request is under way.
+type reservations struct {
+	sum       Money
+	byRequest map[string]Money
+}
+
+func (r *reservations) hold(requestID string, amount Money) {
+	if amount == 0 {
+		return
+	}
+	if r.byRequest == nil {
+		r.byRequest = make(map[string]Money)
+	}
+	r.release(requestID)
+	r.byRequest[requestID] = amount
+	r.sum += amount
+}
+
+func (r *reservations) release(requestID string) {
+	r.sum -= r.byRequest[requestID]
+	delete(r.byRequest, requestID)
+}
+
+// admit lets the request through or not, and reserves its largest cost where the cap is hard. The caller holds a.mu.
+func (a *account) admit(now time.Time, asked Admission) Verdict {
+	verdict := a.balance.admit(now, asked.Limits, a.reserved.sum.plus(asked.MaxCost))
+	if verdict.Refused == "" && asked.Limits.Hard {
+		a.reserved.hold(asked.RequestID, asked.MaxCost)
+	}
+	return verdict
 }
 
 // change notes that the account has something to save, and reports whether the writer does not know that yet.

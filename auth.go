@@ -1,6 +1,7 @@
 package mesh
 
 import (
+	"context"
 	"crypto/sha256"
 	"encoding/hex"
 	"errors"
@@ -30,9 +31,15 @@ type Key struct {
 	// How many requests it may make in each UTC day. Default: no limit.
 	RPD int64 `json:"rpd,omitempty"`
 
-	// How much it may spend in each spend_period, in USD, as a decimal string. The cap is soft: a request that
-	// begins below it runs to its end. Default: no limit.
+	// How much it may spend in each spend_period, in USD, as a decimal string. The cap is soft, unless spend_cap_hard is
+	// set: a request that begins below it runs to its end. Default: no limit.
 	SpendCap Money `json:"spend_cap_usd,omitempty"`
+
+	// Whether spend never passes the cap. Then a request sets aside the most it can cost until it has ended, and is
+	// refused where the cap has no room for that. The most is every byte of the prompt as a token, and the max_tokens that
+	// the client asks for, or else the model's context_length; a request to a priced model with neither is refused.
+	// Default: false.
+	HardCap bool `json:"spend_cap_hard,omitempty"`
 
 	// The period of spend_cap_usd: `total`, or the UTC `day` or `month`. Default: `total`.
 	SpendPeriod Period `json:"spend_period,omitempty"`
@@ -49,7 +56,9 @@ type Key struct {
 	// Whether it is refused for now.
 	Suspended bool `json:"suspended,omitempty"`
 
-	id string // identifies it in the store: the front half of its digest
+	// What identifies it in the store: the front half of its digest, or, of a key of the store, what that says. It
+	// stays the same when the secret is changed there.
+	id string
 }
 
 const (
@@ -72,6 +81,8 @@ func (k *Key) check(models modelTable) error {
 		return fmt.Errorf("rpd: %d is negative", k.RPD)
 	case k.SpendCap < 0:
 		return fmt.Errorf("spend_cap_usd: %s is negative", k.SpendCap)
+	case k.HardCap && k.SpendCap == 0:
+		return errors.New("spend_cap_hard needs spend_cap_usd beside it")
 	}
 	if err := k.SpendPeriod.check(); err != nil {
 		return err
@@ -120,7 +131,7 @@ func (k *Key) mayReach(name string) bool {
 }
 
 func (k *Key) limits() Limits {
-	return Limits{RPM: k.RPM, RPD: k.RPD, SpendCap: k.SpendCap, SpendPeriod: k.SpendPeriod}
+	return Limits{RPM: k.RPM, RPD: k.RPD, SpendCap: k.SpendCap, SpendPeriod: k.SpendPeriod, Hard: k.HardCap}
 }
 
 type digest [sha256.Size]byte
@@ -180,26 +191,55 @@ func canonicalToken(token string) (string, bool) {
 	return keyPrefix + ulid, true
 }
 
-// authenticate finds the key that a request was sent with. The key of a refused request is returned as well, where
-// there is one.
-func (ring keyring) authenticate(r *http.Request) (*Key, *apiError) {
+// bearer returns the digest of the secret that a request was sent with.
+func bearer(r *http.Request) (secret digest, ok bool) {
 	scheme, token, _ := strings.Cut(r.Header.Get("Authorization"), " ")
 	if !strings.EqualFold(scheme, "Bearer") {
-		return nil, errUnauthorized
+		return secret, false
 	}
-	token, ok := canonicalToken(strings.Trim(token, " "))
+	token, ok = canonicalToken(strings.Trim(token, " "))
 	if !ok {
-		return nil, errUnauthorized
+		return secret, false
 	}
-	// Looking a digest up tells by its timing nothing of use: whoever can choose digests can invert SHA-256.
-	k := ring[sha256.Sum256([]byte(token))]
+	return sha256.Sum256([]byte(token)), true
+}
+
+// findKey returns the key with a secret of this digest, or nil: one of the configuration, or else one of the store.
+// An error means that the store could not say. Looking a digest up tells by its timing nothing of use: whoever can
+// choose digests can invert SHA-256.
+func (h *Handler) findKey(ctx context.Context, secret digest) (*Key, error) {
+	if k := h.keys[secret]; k != nil || h.store.withoutKeys() {
+		return k, nil
+	}
+	store, err := h.store.acquire()
+	if err != nil {
+		return nil, err
+	}
+	defer h.releaseStore()
+	keys, ok := store.(KeyStore)
+	if !ok {
+		return nil, nil
+	}
+	return keys.FindKey(ctx, secret)
+}
+
+// refusal is the error for a key that may not be used at present, or nil.
+func (k *Key) refusal(now time.Time) *apiError {
 	switch {
 	case k == nil:
-		return nil, errUnauthorized
-	case !k.Expires.IsZero() && !time.Now().Before(k.Expires):
-		return k, errExpired
+		return errUnauthorized
+	case !k.Expires.IsZero() && !now.Before(k.Expires):
+		return errExpired
 	case k.Suspended:
-		return k, errSuspended
+		return errSuspended
 	}
-	return k, nil
+	return nil
+}
+
+// keyNotFound is the answer where a key was not found because the store could not say. Only the debug log has the
+// cause: there may be as many of these as there are requests.
+func keyNotFound(err error) *apiError {
+	e := *errStoreUnavailable
+	e.cause, e.retryAfter = err, time.Second
+	return &e
 }

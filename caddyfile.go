@@ -26,7 +26,7 @@ import (
 //			owner         <name>
 //			rpm           <requests per minute>
 //			rpd           <requests per day>
-//			spend_cap_usd <amount> [total|month|day]
+//			spend_cap_usd <amount> [total|month|day] [hard]
 //			models        <names or patterns...>
 //			default_model <name>
 //			expires       <RFC 3339 time>
@@ -244,6 +244,9 @@ func (p *blockParser) key(h *Handler) error {
 
 func (p *blockParser) spendCap(k *Key) (err error) {
 	args := p.RemainingArgs()
+	if n := len(args); n > 1 && args[n-1] == "hard" {
+		k.HardCap, args = true, args[:n-1]
+	}
 	if len(args) < 1 || len(args) > 2 {
 		return p.ArgErr()
 	}

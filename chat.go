@@ -25,6 +25,8 @@ type chatRequest struct {
 	includeUsage bool // the client asked for the usage frame
 	sessionID    string
 	timeout      time.Duration // 0: the handler's
+	maxTokens    int64         // of one choice of the answer; 0 if the client set no bound
+	choices      int64         // how many answers it wants; 0 if it did not say
 
 	prompt promptSize
 }
@@ -40,6 +42,7 @@ type edit struct {
 type promptSize struct {
 	bytes    int // text as it stands in the JSON, escapes included
 	images   int
+	media    bool // it has parts other than text
 	messages int
 	sample   []span // where in the body the first of the text stands, up to maxSample bytes of it
 	sampled  int

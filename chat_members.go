@@ -3,6 +3,7 @@ package mesh
 import (
 	"math"
 	"slices"
+	"strconv"
 	"time"
 )
 
@@ -19,7 +20,12 @@ var chatMembers = []member{
 	{name: "stream", check: func(p *parser) { p.req.stream, _ = p.boolean() }},
 	{name: "stream_options", check: (*parser).streamOptions},
 	{name: "temperature", check: func(p *parser) { p.number(between(0, 2)) }},
-	{name: "max_tokens", check: func(p *parser) { p.number(rule{integer: true, min: 1, max: math.Inf(1)}) }},
+	{name: "max_tokens", check: func(p *parser) {
+		v, _ := p.number(rule{integer: true, min: 1, max: math.Inf(1)})
+		p.bound(v)
+	}},
+	{name: "max_completion_tokens", check: func(p *parser) { p.bound(p.whole()) }},
+	{name: "n", check: func(p *parser) { p.req.choices = tokenCount(p.whole()) }},
 	{name: "top_p", check: func(p *parser) { p.number(between(0, 1)) }},
 	{name: "frequency_penalty", check: func(p *parser) { p.number(between(-2, 2)) }},
 	{name: "presence_penalty", check: func(p *parser) { p.number(between(-2, 2)) }},
@@ -175,6 +181,7 @@ func (p *parser) part() {
 		return
 	}
 	p.require(partFields[:], 1, given)
+	p.req.prompt.media = p.req.prompt.media || kind != "text" && kind != "refusal"
 	i := slices.Index(partFields[:], kind)
 	if i <= 0 {
 		return
@@ -322,6 +329,23 @@ func (p *parser) timeout() {
 	if ok {
 		p.req.timeout = max(time.Nanosecond, time.Duration(min(v, 24*60*60)*float64(time.Second)))
 	}
+}
+
+// bound notes how long an answer may become. Where both of the members that say so are given, it is up to the upstream
+// which one counts.
+func (p *parser) bound(tokens float64) { p.req.maxTokens = max(p.req.maxTokens, tokenCount(tokens)) }
+
+// tokenCount is for a number that a client chose: what is out of range is as good as endless, or as none.
+func tokenCount(v float64) int64 { return int64(min(max(v, 0), 1<<53)) }
+
+// whole reads a number that the upstream alone checks. It is 0 where it is none.
+func (p *parser) whole() (v float64) {
+	if b := p.peek(); b != '-' && !isDigit(b) {
+		p.skip()
+		return 0
+	}
+	v, _ = strconv.ParseFloat(string(p.cursor.number()), 64) // infinite where it is out of range
+	return math.Ceil(v)
 }
 
 var usageOption = []string{"include_usage"}

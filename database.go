@@ -55,20 +55,7 @@ func openDatabase(path string) (*database, error) {
 	if err := os.MkdirAll(filepath.Dir(path), 0o700); err != nil {
 		return nil, err
 	}
-	switch file, err := os.Stat(path); {
-	case errors.Is(err, fs.ErrNotExist):
-	case err != nil:
-		return nil, err
-	case !file.Mode().IsRegular():
-		return nil, errors.New("it is not a regular file")
-	case file.Size() == 0:
-		return nil, errors.New("it is empty; if nothing was lost, remove it")
-	default:
-		if err := inspect(path); err != nil {
-			return nil, err
-		}
-	}
-	bolt, err := openBolt(path, &bbolt.Options{Timeout: lockTimeout, FreelistType: bbolt.FreelistMapType})
+	bolt, err := openChecked(path, checkFormat)
 	if err != nil {
 		return nil, err
 	}
@@ -79,9 +66,28 @@ func openDatabase(path string) (*database, error) {
 	return d, nil
 }
 
-// inspect returns an error where the file is not a whole database of this format. It reads all of it: 0.8 s for a
+// openChecked opens a file, or creates one where there is none. It changes no file that is not a whole database of the
+// format that check is for.
+func openChecked(path string, check func(*bbolt.Tx) error) (*bbolt.DB, error) {
+	switch file, err := os.Stat(path); {
+	case errors.Is(err, fs.ErrNotExist):
+	case err != nil:
+		return nil, err
+	case !file.Mode().IsRegular():
+		return nil, errors.New("it is not a regular file")
+	case file.Size() == 0:
+		return nil, errors.New("it is empty; if nothing was lost, remove it")
+	default:
+		if err := inspect(path, check); err != nil {
+			return nil, err
+		}
+	}
+	return openBolt(path, &bbolt.Options{Timeout: lockTimeout, FreelistType: bbolt.FreelistMapType})
+}
+
+// inspect returns an error where the file is not a whole database of the format that check is for. It reads all of it: 0.8 s for a
 // million ledger entries (535 MB) that the kernel has in memory, and as long as the disk takes where it has not.
-func inspect(path string) error {
+func inspect(path string, check func(*bbolt.Tx) error) error {
 	var file *os.File
 	options := &bbolt.Options{Timeout: lockTimeout, ReadOnly: true}
 	options.OpenFile = func(name string, flag int, mode os.FileMode) (_ *os.File, err error) {
@@ -102,7 +108,7 @@ func inspect(path string) error {
 	if err := checkPages(file, stat.Size()); err != nil {
 		return err
 	}
-	return guard(func() error { return bolt.View(checkFormat) })
+	return guard(func() error { return bolt.View(check) })
 }
 
 // checkMeta keeps bbolt from mapping what is no database: it would fault where the file is shorter than two pages.

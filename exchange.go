@@ -56,12 +56,19 @@ func (h *Handler) newExchange(w http.ResponseWriter, r *http.Request) *exchange 
 
 // authenticate finds the key of the request.
 func (x *exchange) authenticate() *apiError {
-	key, refusal := x.h.keys.authenticate(x.r)
+	secret, ok := bearer(x.r)
+	if !ok {
+		return errUnauthorized
+	}
+	key, err := x.h.findKey(x.r.Context(), secret)
+	if err != nil {
+		return keyNotFound(err)
+	}
 	if key != nil {
 		x.key = key
 		x.event.KeyID, x.event.KeyName, x.event.Owner = key.id, key.Name, key.Owner
 	}
-	return refusal
+	return key.refusal(time.Now())
 }
 
 // meshClient reports whether the client is one written for the Mesh API.
@@ -92,11 +99,12 @@ func (x *exchange) chat() *apiError {
 		return x.storeFailed(err)
 	}
 	defer x.h.releaseStore()
-	if refusal := x.admit(store); refusal != nil {
+	if refusal := x.admit(store, req, candidates); refusal != nil {
 		return refusal
 	}
-	served := x.handOff(req, candidates)
-	x.settle(store, req, served)
+	served := &served{outcome: OutcomeError} // if the hand-off panics: what was admitted is settled, whatever comes
+	defer func() { x.settle(store, req, served) }()
+	served = x.handOff(req, candidates)
 	return served.refusal
 }
 

@@ -148,7 +148,7 @@ func (h *Handler) start() error {
 		return err
 	}
 	h.logger.Info("gateway started",
-		zap.String("store", h.store.module.StoreKey()),
+		zap.String("store", h.store.module.(caddy.Module).CaddyModule().ID.Name()),
 		zap.Int("keys", len(h.Keys)),
 		zap.Int("models", len(h.Models)),
 		zap.Int("upstreams", len(h.Upstreams)))

@@ -163,13 +163,14 @@ type candidate struct {
 	price    *Price
 	upstream *Upstream
 	as       string // what the upstream calls the model
+	context  int64  // how many tokens prompt and answer may have together; 0: not known
 }
 
 // candidates returns the ways to serve a model under a name, in order of preference.
 func (m *modelEntry) candidates(name string) []candidate {
 	list := make([]candidate, len(m.Targets))
 	for i, t := range m.Targets {
-		list[i] = candidate{model: name, price: m.Price, upstream: m.upstreams[i], as: t.nameThere(name)}
+		list[i] = candidate{model: name, price: m.Price, upstream: m.upstreams[i], as: t.nameThere(name), context: m.ContextLength}
 	}
 	return list
 }

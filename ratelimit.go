@@ -8,24 +8,89 @@ import (
 )
 
 // admit asks the store to let the request through, and tells the client where its key stands.
-func (x *exchange) admit(store Store) *apiError {
+func (x *exchange) admit(store Store, req *chatRequest, candidates []candidate) *apiError {
 	limits := x.key.limits()
+	maxCost, bounded := req.maxCost(candidates)
+	if limits.Hard && !bounded {
+		return errUnbounded
+	}
 	verdict, err := store.Admit(x.r.Context(), Admission{
 		KeyID:     x.key.id,
 		RequestID: x.event.RequestID,
 		Limits:    limits,
+		MaxCost:   maxCost,
+		Pending:   x.pending(req, candidates),
 	})
 	if err != nil {
 		return x.storeFailed(err)
 	}
 	limits.describe(verdict, x.w.Header())
-	return limits.refusal(verdict)
+	return limits.refusal(verdict, maxCost)
 }
 
-// refusal is the error for the limit that refused a request, or nil.
-func (l Limits) refusal(v Verdict) *apiError {
+// errUnbounded is a 402, as a hard cap is what refuses the request, and says what would let it pass.
+var errUnbounded = errorf(http.StatusPaymentRequired, "spend_limit_exceeded",
+	"This API key has a hard spend cap, and nothing bounds what this request can cost. Set max_tokens.")
+
+// maxCost returns the most that the request can cost at any of the candidates, and whether there is such a bound. No
+// tokenizer makes more tokens of a text than it has bytes, and all text there is stands in the body. What an image, a
+// sound or a file costs is known only to the upstream, so that a prompt with one is bounded by the model's context alone.
+func (r *chatRequest) maxCost(candidates []candidate) (most Money, bounded bool) {
+	for _, c := range candidates {
+		if c.price == nil {
+			continue
+		}
+		prompt := int64(len(r.body)) + int64(r.prompt.messages)*maxTokensPerMessage + tokensPerAnswer
+		if c.context > 0 && (r.prompt.media || prompt > c.context) {
+			prompt = c.context
+		} else if r.prompt.media && c.price.Input > 0 {
+			return 0, false
+		}
+		answer := r.maxTokens
+		if c.context > 0 && (answer == 0 || answer > c.context) {
+			answer = c.context
+		}
+		if answer == 0 && c.price.Output > 0 {
+			return 0, false
+		}
+		var cost tokenCost
+		cost.add(prompt, max(c.price.Input, c.price.cachedInput()))
+		for range min(max(r.choices, 1), maxChoices) {
+			cost.add(answer, c.price.Output)
+		}
+		most = max(most, cost.round())
+	}
+	return most, r.choices <= maxChoices
+}
+
+const (
+	// maxTokensPerMessage bounds what the role and the marks around a message take beside its text.
+	maxTokensPerMessage = 16
+
+	// maxChoices is the most answers that a bounded request may ask for: OpenAI's own limit of n.
+	maxChoices = 128
+)
+
+// pending is what is charged for the request if this process dies before it is settled: the prompt, by OpenAI's rule
+// of thumb of four bytes a token, as counting tokens takes too long for here.
+func (x *exchange) pending(req *chatRequest, candidates []candidate) Event {
+	e := x.event
+	p := &req.prompt
+	e.PromptTokens = int64(p.bytes)/4 + int64(p.messages)*tokensPerMessage + int64(p.images)*tokensPerImage + tokensPerAnswer
+	e.Cost = candidates[0].price.cost(usage{prompt: e.PromptTokens})
+	e.Outcome, e.Estimated = OutcomeLost, true
+	return e
+}
+
+// refusal is the error for the limit that refused a request of a largest cost, or nil.
+func (l Limits) refusal(v Verdict, maxCost Money) *apiError {
 	switch v.Refused {
 	case LimitSpend:
+		if l.Hard && v.Spend < l.SpendCap {
+			return errorf(http.StatusPaymentRequired, "spend_limit_exceeded",
+				"This request can cost up to %s USD. This API key has spent %s USD of its hard cap of %s USD%s, and requests under way may need the rest.",
+				maxCost, v.Spend, l.SpendCap, l.SpendPeriod.phrase())
+		}
 		return errorf(http.StatusPaymentRequired, "spend_limit_exceeded",
 			"This API key has spent %s USD of its cap of %s USD%s.", v.Spend, l.SpendCap, l.SpendPeriod.phrase())
 	case LimitRPD:

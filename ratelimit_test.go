@@ -2,9 +2,12 @@ package mesh
 
 import (
 	"fmt"
+	"net/http"
+	"path/filepath"
 	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 )
@@ -147,5 +150,155 @@ func TestCountsSurviveAReload(t *testing.T) {
 			t.Errorf("request %d: %s", i, r.Status)
 		}
 		g.load("http://$ADDRESS {\n" + limited + fmt.Sprintf("\nheader X-Generation %d\n}\n", i))
+	}
+}
+
+func TestHardCapIsNeverPassedAndNothingStaysReserved(t *testing.T) {
+	s := openLocal(t, filepath.Join(t.TempDir(), "mesh.db"))
+	testHardCap(t, s, func() Money { return s.spend("hard") })
+	account := s.account("hard")
+	account.mu.Lock()
+	defer account.mu.Unlock()
+	if account.reserved.sum != 0 || len(account.reserved.byRequest) != 0 {
+		t.Errorf("reserved: %+v", account.reserved)
+	}
+}
+
+// TestSoftCapIsPassedByWhatIsUnderWay has 200 requests at an upstream at once, with a cap that fits ten: all of them
+// began below it. Spend passes the cap by what they cost, and by no more: the next request is refused.
+func TestSoftCapIsPassedByWhatIsUnderWay(t *testing.T) {
+	const n, cost = 200, 4_500_000
+	var under sync.WaitGroup
+	under.Add(n)
+	up := startUpstream(t, func(w http.ResponseWriter, r *http.Request) {
+		under.Done()
+		under.Wait()
+		answers(200, "application/json", completion)(w, r)
+	})
+	g := startGateway(t, up.address(), site(pricedModel+"\n\tkey "+otherKey+" {\n\t\tspend_cap_usd 0.045\n\t}"))
+	body := strings.Replace(chatBody, "plain", "priced", 1)
+	var wg sync.WaitGroup
+	for range n {
+		wg.Go(func() {
+			if r := g.post(body, "Authorization", "Bearer "+otherKey); r.StatusCode != 200 {
+				t.Errorf("%s %s", r.Status, r.body)
+			}
+		})
+	}
+	wg.Wait()
+	if got := g.spent(g.ledger(n)); got != n*cost {
+		t.Errorf("spent %s", got)
+	}
+	if r := g.post(body, "Authorization", "Bearer "+otherKey); r.StatusCode != 402 {
+		t.Errorf("afterwards: %s", r.Status)
+	}
+}
+
+// testHardCap runs 200 requests at once against a cap that has room for ten, over and over until nothing fits.
+func testHardCap(t *testing.T, s Store, spend func() Money) {
+	const limit, largest, cost = 1000, 100, 60
+	limits := Limits{SpendCap: limit, Hard: true}
+	var id atomic.Int64
+	round := func() (admitted int64) {
+		var count atomic.Int64
+		var wg sync.WaitGroup
+		var ids sync.Map
+		for range 200 {
+			wg.Go(func() {
+				requestID := requestID(int(id.Add(1)))
+				v, err := s.Admit(t.Context(), Admission{KeyID: "hard", RequestID: requestID, Limits: limits, MaxCost: largest})
+				if err != nil {
+					t.Error(err)
+				}
+				if v.Refused == "" {
+					count.Add(1)
+					ids.Store(requestID, true)
+				}
+			})
+		}
+		wg.Wait()
+		before := spend()
+		if got := count.Load(); int64(before)+got*largest > limit {
+			t.Errorf("admitted %d with %d spent", got, before)
+		}
+		ids.Range(func(requestID, _ any) bool {
+			s.Settle(Event{RequestID: requestID.(string), KeyID: "hard", Cost: cost})
+			return true
+		})
+		eventually(t, "the settlements are charged", func() bool { return spend() == before+Money(count.Load()*cost) })
+		return count.Load()
+	}
+	if got := round(); got != 10 {
+		t.Errorf("the first round admitted %d, want 10", got)
+	}
+	for round() > 0 {
+	}
+	if got := spend(); got > limit || got < limit-largest {
+		t.Errorf("spent %d of %d", got, limit)
+	}
+}
+
+func TestLargestCost(t *testing.T) {
+	price := &Price{Input: 1_000_000, Output: 10_000_000} // a nano-dollar a token, and ten
+	for _, tc := range []struct {
+		body    string
+		price   *Price
+		context int64
+		want    Money // beyond the prompt's bytes and what is around them
+		bounded bool
+	}{
+		{`{"max_tokens":7}`, price, 0, 70, true},
+		{`{"max_completion_tokens":7}`, price, 0, 70, true},
+		{`{"max_tokens":7,"max_completion_tokens":9}`, price, 0, 90, true},
+		{`{"max_tokens":7,"n":3}`, price, 0, 210, true},
+		{`{"max_tokens":7,"n":1e9}`, price, 0, 0, false},
+		{`{}`, price, 0, 0, false},
+		{`{"max_completion_tokens":"many"}`, price, 0, 0, false},
+		{`{}`, price, 1000, 10000, true},
+		{`{"max_tokens":5000}`, price, 1000, 10000, true},
+		{`{}`, nil, 0, 0, true},
+		{`{}`, &Price{}, 0, 0, true},
+	} {
+		body := tc.body[:len(tc.body)-1] + `,"messages":[{"role":"user","content":"Hi"}]}`
+		body = strings.Replace(body, "{,", "{", 1)
+		req, refusal := parseChat([]byte(body))
+		if refusal != nil {
+			t.Fatal(refusal)
+		}
+		got, bounded := req.maxCost([]candidate{{price: tc.price, context: tc.context}})
+		want := tc.want
+		if bounded && tc.price == price {
+			want += Money(len(body) + maxTokensPerMessage + tokensPerAnswer)
+		}
+		if bounded != tc.bounded || bounded && got != want {
+			t.Errorf("%s: %d, %t; want %d, %t", body, got, bounded, want, tc.bounded)
+		}
+	}
+	media := `{"max_tokens":1,"messages":[{"role":"user","content":[{"type":"file","file":{}}]}]}`
+	req, refusal := parseChat([]byte(media))
+	if refusal != nil {
+		t.Fatal(refusal)
+	}
+	if _, bounded := req.maxCost([]candidate{{price: price}}); bounded {
+		t.Error("a file of unknown size is bounded")
+	}
+	if got, bounded := req.maxCost([]candidate{{price: price, context: 500}}); !bounded || got != 510 {
+		t.Errorf("a file in a context of 500: %d, %t", got, bounded)
+	}
+}
+
+func TestHardCapRefusesWhatNothingBounds(t *testing.T) {
+	up := startUpstream(t, answers(200, "application/json", completion))
+	g := startGateway(t, up.address(), site("\tmodel test/priced up {\n\t\tprice 1 10\n\t}\n"+
+		"\tkey "+otherKey+" {\n\t\tspend_cap_usd 0.01 hard\n\t}"))
+	for bound, want := range map[string]int{"": 402, `"max_tokens":100000000,`: 402, `"max_tokens":1,`: 200} {
+		body := "{" + bound + `"model":"test/priced","messages":[{"role":"user","content":"Hi"}]}`
+		r := g.post(body, "Authorization", "Bearer "+otherKey)
+		if r.StatusCode != want || want == 402 && r.errorCode(t) != "spend_limit_exceeded" {
+			t.Errorf("%s: %s %s", bound, r.Status, r.body)
+		}
+		if bound == "" && !strings.Contains(string(r.body), "max_tokens") {
+			t.Errorf("does not say what helps: %s", r.body)
+		}
 	}
 }

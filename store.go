@@ -2,6 +2,7 @@ package mesh
 
 import (
 	"context"
+	"crypto/sha256"
 	"sync"
 	"time"
 
@@ -34,11 +35,23 @@ type Store interface {
 	Settle(e Event)
 }
 
+// KeyStore is a Store that has keys of its own, beside those of the configuration.
+type KeyStore interface {
+	Store
+
+	// FindKey returns the key whose secret has this SHA-256, or nil where there is none. It is asked for every request
+	// with a key that the configuration does not have, so it has to answer from memory nearly always. An error means
+	// that it cannot be said at present whether there is such a key. The key must not be changed any more.
+	FindKey(ctx context.Context, secret [sha256.Size]byte) (*Key, error)
+}
+
 // Admission asks for one request to be let through.
 type Admission struct {
 	KeyID     string
 	RequestID string
 	Limits    Limits
+	MaxCost   Money // the most the request can cost; a hard cap must have room for it
+	Pending   Event // what a store that several gateways share charges if this one dies before it settles the request
 }
 
 // Limits are what a key may use. Zero values mean no limit.
@@ -47,6 +60,7 @@ type Limits struct {
 	RPD         int64 // requests in a UTC day
 	SpendCap    Money
 	SpendPeriod Period // of SpendCap
+	Hard        bool   // SpendCap is never passed: each request reserves its MaxCost until it is settled
 }
 
 // Period is the time over which spend is summed, in UTC: "total" (also when empty), "month" or "day".
@@ -121,6 +135,7 @@ const (
 	OutcomeTimeout    Outcome = "timeout"     // the request's time ran out
 	OutcomeCut        Outcome = "cut"         // the upstream broke off in the middle of its answer
 	OutcomeClientGone Outcome = "client_gone" // the client left before the end
+	OutcomeLost       Outcome = "lost"        // its gateway died; another entered an estimate
 )
 
 // stores holds every open store, by StoreKey.
@@ -136,6 +151,7 @@ type storeRef struct {
 	store   Store
 	holders int  // requests, and the configuration itself while kept is true
 	kept    bool // the configuration has started and is not cleaned up
+	keyless bool // the store was opened once, and is no KeyStore
 }
 
 // keep opens the store for as long as the configuration lives.
@@ -172,9 +188,18 @@ func (s *storeRef) acquire() (Store, error) {
 			return nil, err
 		}
 		s.store = v.(Store)
+		_, hasKeys := v.(KeyStore)
+		s.keyless = !hasKeys
 	}
 	s.holders++
 	return s.store, nil
+}
+
+// withoutKeys reports whether the store is known to have no keys of its own, so that it need not be opened for them.
+func (s *storeRef) withoutKeys() bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.keyless
 }
 
 func (s *storeRef) release() error {

@@ -158,6 +158,7 @@ func (s *localStore) open() (err error) {
 	if err != nil {
 		return errors.Join(err, s.database.bolt.Close())
 	}
+	s.logger.Info("store opened", zap.String("path", s.path))
 	go s.keepJournal(last + 1)
 	go s.keepDatabase()
 	return nil
@@ -170,7 +171,7 @@ func (s *localStore) Admit(_ context.Context, a Admission) (Verdict, error) {
 	}
 	account, now := s.account(a.KeyID), s.now()
 	account.mu.Lock()
-	verdict := account.balance.admit(now, a.Limits)
+	verdict := account.admit(now, a)
 	news := verdict.Refused == "" && account.change()
 	account.mu.Unlock()
 	if news {
@@ -201,6 +202,7 @@ func (s *localStore) Settle(e Event) {
 	hasRoom := s.unsaved.Add(1) <= s.maxUnsaved
 	account := s.account(e.KeyID)
 	account.mu.Lock()
+	account.reserved.release(e.RequestID)
 	charged := account.balance.charge(e.Cost, e.Time)
 	if hasRoom {
 		account.settled = append(account.settled, settledEvent{e.RequestID, encoded, charged})
@@ -252,6 +254,8 @@ func (s *localStore) tellWriter(a *account) {
 	default: // it has been woken already
 	}
 }
+
+func (s *localStore) status() storeStatus { return storeStatus{Store: "local " + s.path} }
 
 // spend returns what a key has ever spent.
 func (s *localStore) spend(keyID string) Money {

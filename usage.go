@@ -17,16 +17,19 @@ func (p *Price) cost(u usage) Money {
 	if p == nil {
 		return 0
 	}
-	cachedPrice := p.Input
-	if p.Cached != nil {
-		cachedPrice = *p.Cached
-	}
 	cached := min(u.cached, u.prompt)
 	var c tokenCost
 	c.add(u.prompt-cached, p.Input)
-	c.add(cached, cachedPrice)
+	c.add(cached, p.cachedInput())
 	c.add(u.completion, p.Output)
 	return c.round()
+}
+
+func (p *Price) cachedInput() Money {
+	if p.Cached != nil {
+		return *p.Cached
+	}
+	return p.Input
 }
 
 // settle closes the request's account: what it used, what that costs, and the ledger's entry. By now the client has

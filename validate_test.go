@@ -88,7 +88,7 @@ func TestMemberGivenTwiceIsRefused(t *testing.T) {
 			expectFaults(t, body, fmt.Sprintf(twiceMsg, name))
 		}
 	}
-	expectFaults(t, `{"n":1,"n":2,"metadata":{"a":1,"a":2},`+msgs+`}`) // not the gateway's
+	expectFaults(t, `{"logprobs":1,"logprobs":2,"metadata":{"a":1,"a":2},`+msgs+`}`) // not the gateway's
 }
 
 func TestMemberBesideItsTwinInAnotherLetterCaseIsRefused(t *testing.T) {

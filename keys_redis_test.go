@@ -1,0 +1,140 @@
+package mesh
+
+import (
+	"fmt"
+	"reflect"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/redis/go-redis/v9"
+	"go.uber.org/zap"
+	"go.uber.org/zap/zaptest/observer"
+)
+
+// openCache runs a cache until the test ends.
+func openCache(t testing.TB, source keySource) *keyCache {
+	c := newKeyCache(source)
+	c.open()
+	t.Cleanup(c.close)
+	return c
+}
+
+func (s *redisKeys) mustWrite(t testing.TB, secret digest, k *Key) {
+	t.Helper()
+	if err := s.write(t.Context(), secret, k); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func TestKeyIsReadAsItWasWritten(t *testing.T) {
+	keys := startKeyServer(t).keys()
+	full := &Key{id: "team-a", Name: "Team A", Owner: "acme \x00\n", RPM: 60, RPD: 1 << 40, SpendCap: 25*usd + 1, SpendPeriod: PeriodMonth,
+		HardCap: true, Models: []string{"openai/*", `a/"b"`}, DefaultModel: "openai/gpt-4o",
+		Expires: time.Date(2027, 1, 2, 3, 4, 5, 6, time.UTC), Suspended: true}
+	for _, want := range []*Key{full, {id: "b"}} {
+		keys.mustWrite(t, secretNumber(1), want)
+		if got, err := keys.LookUpKey(t.Context(), secretNumber(1)); err != nil || !reflect.DeepEqual(got, want) {
+			t.Errorf("%+v, %v, want %+v", got, err, want)
+		}
+	}
+	if got, err := keys.LookUpKey(t.Context(), secretNumber(2)); got != nil || err != nil {
+		t.Errorf("%v, %v", got, err)
+	}
+	for _, bad := range []*Key{{}, {id: "a}b"}, {id: "a", RPM: -1}, {id: "a", Models: []string{"*a"}}, {id: "a", SpendPeriod: "year"}, {id: "a", SpendCap: -1}} {
+		if err := keys.write(t.Context(), secretNumber(3), bad); err == nil {
+			t.Errorf("%+v was written", bad)
+		}
+	}
+}
+
+func TestKeyThatCannotBeUnderstoodIsRefusedAndLoggedOnce(t *testing.T) {
+	server := startKeyServer(t)
+	keys := server.keys()
+	hash := keys.hash(secretNumber(1))
+	for _, tc := range []struct{ field, value, want string }{
+		{"id", "", "key: id: it has none"},
+		{"id", "a{b}", `key : id: "a{b}" is not up to 64`},
+		{"rpm", "many", `key team-a: rpm: "many" is not a number`},
+		{"rpm", "1.5", `key team-a: rpm: "1.5" is not`},
+		{"rpd", "-1", `key team-a: rpd: "-1" is not`},
+		{"spend_cap_usd", "1e3", `key team-a: spend_cap_usd: "1e3" is not a decimal`},
+		{"spend_period", "year", `key team-a: spend_period: spend period "year"`},
+		{"spend_cap_hard", "very", `key team-a: spend_cap_hard: "very" is neither`},
+		{"models", "openai/*", `key team-a: models: not a JSON list`},
+		{"models", "[]", `key team-a: models: the list is empty`},
+		{"models", `["a*b"]`, `key team-a: models: "a*b"`},
+		{"default_model", "a b", `key team-a: default_model: "a b" has white space`},
+		{"expires", "tomorrow", `key team-a: expires: parsing time "tomorrow"`},
+		{"suspended", "maybe", `key team-a: suspended: "maybe" is neither`},
+	} {
+		logs, logged := observer.New(zap.InfoLevel)
+		keys.logger = zap.New(logs)
+		server.admin.Del(t.Context(), hash)
+		server.admin.HSet(t.Context(), hash, "id", "team-a", "later_version", "field")
+		if got, err := keys.LookUpKey(t.Context(), secretNumber(1)); got == nil || err != nil {
+			t.Errorf("without %s: %v, %v", tc.field, got, err)
+		}
+		server.admin.HSet(t.Context(), hash, tc.field, tc.value)
+		for range 3 {
+			if got, err := keys.LookUpKey(t.Context(), secretNumber(1)); got != nil || err != nil {
+				t.Errorf("%s %q: %v, %v", tc.field, tc.value, got, err)
+			}
+		}
+		entries := logged.All()
+		if len(entries) != 1 || !strings.Contains(fmt.Sprint(entries[0].ContextMap()["error"]), tc.want) {
+			t.Errorf("%s %q: logged %v, want once: %s", tc.field, tc.value, entries, tc.want)
+		}
+	}
+	server.admin.Del(t.Context(), hash)
+	server.admin.Set(t.Context(), hash, "a string", 0)
+	if got, err := keys.LookUpKey(t.Context(), secretNumber(1)); got != nil || err != nil {
+		t.Errorf("not a hash: %v, %v", got, err)
+	}
+}
+
+func TestWritingAKeyLeavesWhatANewerVersionWroteAlone(t *testing.T) {
+	server := startKeyServer(t)
+	keys := server.keys()
+	server.admin.HSet(t.Context(), keys.hash(secretNumber(1)), "id", "a", "rpm", "5", "later_version", "field")
+	keys.mustWrite(t, secretNumber(1), &Key{id: "a", RPD: 7})
+	if err := keys.rotate(t.Context(), secretNumber(1), secretNumber(2), 0); err != nil {
+		t.Fatal(err)
+	}
+	got := server.admin.HGetAll(t.Context(), keys.hash(secretNumber(2))).Val()
+	if want := map[string]string{"id": "a", "rpd": "7", "later_version": "field"}; !reflect.DeepEqual(got, want) {
+		t.Errorf("%v, want %v", got, want)
+	}
+}
+
+func TestOnlyAKeyThatIsThereCanBeChanged(t *testing.T) {
+	server := startKeyServer(t)
+	keys, ctx := server.keys(), t.Context()
+	keys.mustWrite(t, secretNumber(1), &Key{id: "a"})
+	for name, err := range map[string]error{
+		"suspend": keys.suspend(ctx, secretNumber(9), true),
+		"delete":  keys.delete(ctx, secretNumber(9)),
+		"rotate":  keys.rotate(ctx, secretNumber(9), secretNumber(8), 0),
+	} {
+		if err != errNoSuchKey {
+			t.Errorf("%s: %v", name, err)
+		}
+	}
+	keys.mustWrite(t, secretNumber(2), &Key{id: "b"})
+	if err := keys.rotate(ctx, secretNumber(1), secretNumber(2), 0); err != errKeyExists {
+		t.Errorf("rotating onto another key: %v", err)
+	}
+	if n := server.admin.DBSize(ctx).Val(); n != 2 {
+		t.Errorf("%d keys in Redis", n)
+	}
+	var changes sync.WaitGroup
+	for i := range 20 { // at the same time: none is lost
+		changes.Go(func() {
+			if err := keys.suspend(ctx, secretNumber(1), i%2 == 0); err != nil && err != redis.TxFailedErr {
+				t.Error(err)
+			}
+		})
+	}
+	changes.Wait()
+}

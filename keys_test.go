@@ -1,0 +1,184 @@
+package mesh
+
+import (
+	"errors"
+	"net/http"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/caddyserver/caddy/v2"
+	"github.com/caddyserver/caddy/v2/caddyconfig/caddyfile"
+	"github.com/redis/go-redis/v9"
+	"go.uber.org/zap"
+)
+
+func init() { caddy.RegisterModule(KeyedStore{}) }
+
+// KeyedStore is a store of the tests with keys in Redis and everything else in a database.
+type KeyedStore struct {
+	Redis string `json:"redis,omitempty"`
+	Path  string `json:"path,omitempty"`
+}
+
+func (KeyedStore) CaddyModule() caddy.ModuleInfo {
+	return caddy.ModuleInfo{ID: "mesh.stores.keyed", New: func() caddy.Module { return new(KeyedStore) }}
+}
+
+func (m *KeyedStore) UnmarshalCaddyfile(d *caddyfile.Dispenser) error {
+	d.Next()
+	if !d.Args(&m.Redis, &m.Path) {
+		return d.ArgErr()
+	}
+	return nil
+}
+
+func (m *KeyedStore) StoreKey() string { return "keyed:" + m.Redis }
+
+func (m *KeyedStore) OpenStore() (Store, error) {
+	s := &keyedStore{localStore: newLocalStore(m.Path, 1000)}
+	if err := s.localStore.open(); err != nil {
+		return nil, err
+	}
+	s.client = redis.NewClient(&redis.Options{Addr: m.Redis, DialerRetries: 1, MaxRetries: -1})
+	s.keyCache = newKeyCache(newRedisKeys(s.client, "mesh", zap.NewNop()))
+	s.keyCache.open()
+	return s, nil
+}
+
+type keyedStore struct {
+	*localStore
+	*keyCache
+	client *redis.Client
+}
+
+func (s *keyedStore) Destruct() error {
+	s.keyCache.close()
+	return errors.Join(s.client.Close(), s.localStore.Destruct())
+}
+
+// keyedSite is a site whose store has keys.
+func keyedSite(server *keyServer, more string) string {
+	return strings.Replace(site(more), "store local $DIR/mesh.db", "store keyed "+server.address+" $DIR/mesh.db", 1)
+}
+
+func TestKeysOfTheStoreAreKeysLikeAnyOther(t *testing.T) {
+	server := startKeyServer(t)
+	up := startUpstream(t, answers(200, "application/json", completion))
+	g := startGateway(t, up.address(), keyedSite(server, "\tkey "+otherKey+" {\n\t\tname configured\n\t}\n\tmodel a/b up"))
+	keys := server.keys()
+	const token = "rsk_01BX5ZZKBKACTAV9WEVGEMMVS0"
+	secret, err := digestOf(token)
+	if err != nil {
+		t.Fatal(err)
+	}
+	noModel := strings.Replace(chatBody, `"model":"test/plain",`, "", 1)
+	hour := time.Now().Add(time.Hour)
+	for _, tc := range []struct {
+		name   string
+		key    *Key
+		body   string
+		status int
+		code   string
+	}{
+		{"no such key", nil, chatBody, 401, "unauthorized"},
+		{"plain", &Key{id: "k1", Expires: hour}, chatBody, 200, ""},
+		{"suspended", &Key{id: "k1", Suspended: true}, chatBody, 403, "forbidden"},
+		{"expired", &Key{id: "k1", Expires: hour.Add(-2 * time.Hour)}, chatBody, 401, "unauthorized"},
+		{"another model", &Key{id: "k1", Models: []string{"a/*"}}, chatBody, 403, "forbidden"},
+		{"its model", &Key{id: "k1", Models: []string{"a/*"}, DefaultModel: "a/b"}, noModel, 200, ""},
+		{"a default nobody serves", &Key{id: "k1", DefaultModel: "b/c"}, noModel, 404, "model_not_found"},
+		{"the first of two", &Key{id: "k2", RPD: 2}, chatBody, 200, ""},
+		{"the second", &Key{id: "k2", RPD: 2}, chatBody, 200, ""},
+		{"one too many", &Key{id: "k2", RPD: 2}, chatBody, 429, "rate_limit_exceeded"},
+		{"plain again", &Key{id: "k1"}, chatBody, 200, ""},
+	} {
+		if tc.key != nil {
+			keys.mustWrite(t, secret, tc.key)
+		}
+		var last *reply
+		soon(t, tc.name, func() bool {
+			last = g.post(tc.body, "Authorization", "Bearer "+token)
+			return last.StatusCode == tc.status && last.errorCode(t) == tc.code
+		})
+		t.Logf("%s: %s", tc.name, last.body)
+	}
+	// counters belong to the id: a new secret does not make them new
+	other, _ := digestOf("rsk_01BX5ZZKBKACTAV9WEVGEMMVS1")
+	keys.mustWrite(t, secret, &Key{id: "k2", RPD: 2})
+	if err := keys.rotate(t.Context(), secret, other, 0); err != nil {
+		t.Fatal(err)
+	}
+	soon(t, "the new secret works as the old one did", func() bool {
+		return g.post(chatBody, "Authorization", "Bearer rsk_01BX5ZZKBKACTAV9WEVGEMMVS1").StatusCode == 429
+	})
+	soon(t, "the old secret does not work", func() bool {
+		return g.post(chatBody, "Authorization", "Bearer "+token).StatusCode == 401
+	})
+	// what the configuration says comes first
+	configured, _ := digestOf(otherKey)
+	keys.mustWrite(t, configured, &Key{id: "k3", Suspended: true})
+	time.Sleep(20 * time.Millisecond)
+	if r := g.post(chatBody, "Authorization", "Bearer "+otherKey); r.StatusCode != 200 {
+		t.Errorf("a configured key that the store has too: %s", r.Status)
+	}
+}
+
+func TestStoreIsAskedOnlyForWhatMayBeAKey(t *testing.T) {
+	server := startKeyServer(t)
+	g := startGateway(t, freeAddress(t), keyedSite(server, ""))
+	before := server.calls("hmget")
+	for _, authorization := range []string{"", "Bearer", "Bearer x", "Basic " + testKey, "Bearer " + testKey + "0", "Bearer " + testKey[:29],
+		"Bearer rsk_01BX5ZZKBKACTAV9WEVGEMMVS!", "Bearer " + testKey} {
+		g.do(http.MethodGet, "/v1/models", "", "Authorization", authorization)
+	}
+	if n := server.calls("hmget") - before; n != 0 {
+		t.Errorf("%d lookups", n)
+	}
+	for range 10 {
+		g.do(http.MethodGet, "/v1/models", "", "Authorization", "Bearer "+otherKey)
+	}
+	if n := server.calls("hmget") - before; n != 1 && n != 2 { // the second if the subscription began after the first
+		t.Errorf("%d lookups of one unknown key", n)
+	}
+}
+
+func TestOutageIsNotTheFaultOfAKey(t *testing.T) {
+	server := startKeyServer(t)
+	up := startUpstream(t, answers(200, "application/json", completion))
+	g := startGateway(t, up.address(), keyedSite(server, ""))
+	secret, _ := digestOf(otherKey)
+	server.keys().mustWrite(t, secret, &Key{id: "known"})
+	known := func() *reply { return g.post(chatBody, "Authorization", "Bearer "+otherKey) }
+	soon(t, "the key works", func() bool { return known().StatusCode == 200 })
+	server.kill()
+	for range 5 {
+		if r := known(); r.StatusCode != 200 {
+			t.Errorf("a known key: %s %s", r.Status, r.body)
+		}
+		if r := g.post(chatBody); r.StatusCode != 200 {
+			t.Errorf("a configured key: %s %s", r.Status, r.body)
+		}
+		r := g.post(chatBody, "Authorization", "Bearer rsk_01BX5ZZKBKACTAV9WEVGEMMVS9")
+		if r.StatusCode != 503 || r.errorCode(t) != "store_unavailable" || r.Header.Get("Retry-After") == "" {
+			t.Errorf("a key that nothing is known of: %s %s", r.Status, r.body)
+		}
+	}
+}
+
+// TestStoreWithoutKeysIsNotOpenedForOne asks after the configuration's end, when nothing has the store open.
+func TestStoreWithoutKeysIsNotOpenedForOne(t *testing.T) {
+	ref := &storeRef{module: &LocalStore{path: filepath.Join(t.TempDir(), "mesh.db"), maxEvents: 10}}
+	h := &Handler{store: ref, logger: zap.NewNop()}
+	if err := ref.keep(); err != nil {
+		t.Fatal(err)
+	}
+	if err := ref.letGo(); err != nil {
+		t.Fatal(err)
+	}
+	ref.module = nil // whoever opens it now panics
+	if k, err := h.findKey(t.Context(), digest{}); k != nil || err != nil {
+		t.Errorf("%v, %v", k, err)
+	}
+}

@@ -1,0 +1,154 @@
+package mesh
+
+import (
+	"context"
+	"encoding/json"
+	"fmt"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/oklog/ulid/v2"
+)
+
+// Admit asks Redis, whose clock decides. It takes no longer than the timeout, whether the client stays or leaves.
+func (s *redisStore) Admit(ctx context.Context, a Admission) (Verdict, error) {
+	if !storable(a.KeyID) || strings.ContainsAny(a.KeyID, "{}") {
+		return Verdict{}, errUnusableID
+	}
+	if s.degraded() {
+		return s.admitWithout(a, errRedisDown)
+	}
+	pending, err := s.pendingEntry(a)
+	if err != nil {
+		return Verdict{}, err
+	}
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), s.timeout)
+	defer cancel()
+	began := time.Now()
+	reply, err := s.admits.run(ctx, s, s.admitKeys(a), s.admitArgs(a, pending)...)
+	if err == nil && time.Since(began) > s.timeout {
+		err = context.DeadlineExceeded
+	}
+	s.breaker.note(a.KeyID, err)
+	if err != nil {
+		return s.admitUnanswered(a, err)
+	}
+	verdict, err := s.readVerdict(reply, a)
+	if err != nil {
+		return Verdict{}, err
+	}
+	return verdict, nil
+}
+
+// errRedisDown is returned without asking.
+var errRedisDown = fmt.Errorf("redis cannot be reached")
+
+// admitWithout decides without Redis.
+func (s *redisStore) admitWithout(a Admission, cause error) (Verdict, error) {
+	if s.refuse {
+		return Verdict{}, cause
+	}
+	account := s.accounts.of(a.KeyID)
+	account.mu.Lock()
+	defer account.mu.Unlock()
+	return account.admit(s.now(), a), nil
+}
+
+// admitUnanswered decides where Redis was asked and may yet have counted the request. If it does not run, that is
+// undone.
+func (s *redisStore) admitUnanswered(a Admission, cause error) (Verdict, error) {
+	verdict, err := s.admitWithout(a, cause)
+	if (err != nil || verdict.Refused != "") && a.RequestID != "" {
+		s.queue.add(settlement{Kind: settleVoid, Event: Event{KeyID: a.KeyID, RequestID: a.RequestID}})
+	}
+	return verdict, err
+}
+
+func (s *redisStore) admitKeys(a Admission) []string {
+	return []string{s.key(a.KeyID, "account"), s.key(a.KeyID, "pending"), s.key(a.KeyID, "done:"+dayOfRequest(a.RequestID))}
+}
+
+func (s *redisStore) admitArgs(a Admission, pending string) []any {
+	l := a.Limits
+	return []any{a.RequestID, l.RPM, l.RPD, int64(l.SpendCap), string(l.SpendPeriod), l.Hard, int64(a.MaxCost), pending}
+}
+
+// dayOfRequest returns the UTC day on which a request began, as its id says. What is kept for a day is found by it,
+// whenever a request is settled.
+func dayOfRequest(requestID string) string {
+	_, encoded, _ := strings.Cut(requestID, "_")
+	id, err := ulid.Parse(encoded)
+	if err != nil {
+		return "other"
+	}
+	return ulid.Time(id.Time()).UTC().Format(time.DateOnly)
+}
+
+// pendingEntry is what Redis keeps of a request until it is settled: who serves it, and what to charge if that one
+// dies. The script puts more before it.
+func (s *redisStore) pendingEntry(a Admission) (string, error) {
+	if a.RequestID == "" {
+		return "", nil
+	}
+	e := a.Pending
+	e.KeyID, e.RequestID, e.Cost = a.KeyID, a.RequestID, max(e.Cost, 0)
+	encoded, err := json.Marshal(e)
+	if err != nil {
+		return "", fmt.Errorf("encoding pending entry: %w", err)
+	}
+	return s.instance + " " + string(encoded), nil
+}
+
+// readVerdict reads what the script returned, and has this instance's own account go on from there should Redis fail.
+func (s *redisStore) readVerdict(reply any, a Admission) (Verdict, error) {
+	fields, ok := reply.([]any)
+	if !ok || len(fields) != 9 {
+		return Verdict{}, answerError("admit", reply)
+	}
+	var n [9]int64
+	for i, field := range fields {
+		text, ok := field.(string)
+		if !ok {
+			return Verdict{}, answerError("admit", field)
+		}
+		if i == 0 {
+			continue
+		}
+		var err error
+		if n[i], err = strconv.ParseInt(text, 10, 64); err != nil {
+			return Verdict{}, fmt.Errorf("script admit: %w", err)
+		}
+	}
+	now := time.Unix(n[1], n[2]*1000)
+	b := balance{Minute: tally{n[3], n[4]}, Day: tally{n[5], n[6]}}
+	period := tally{n[7], n[8]}
+	v := Verdict{
+		Refused: Limit(fields[0].(string)),
+		Minute:  Window{Used: b.Minute.Sum, Reset: until(now, b.Minute.Start+secondsPerMinute)},
+		Day:     Window{Used: b.Day.Sum, Reset: until(now, b.Day.Start+secondsPerDay)},
+		Spend:   Money(period.Sum),
+	}
+	switch a.Limits.SpendPeriod {
+	case PeriodMonth:
+		b.Month, v.Reset = period, until(now, monthAfter(period.Start))
+	case PeriodDay:
+		b.SpendDay, v.Reset = period, until(now, period.Start+secondsPerDay)
+	default:
+		b.Total = v.Spend
+	}
+	s.remember(a, v.Refused == "", b)
+	return v, nil
+}
+
+// remember has the account of this instance say what Redis said last. Answers may overtake one another; then it is
+// behind by as much.
+func (s *redisStore) remember(a Admission, admitted bool, b balance) {
+	account := s.accounts.of(a.KeyID)
+	account.mu.Lock()
+	defer account.mu.Unlock()
+	account.balance = b
+	if admitted && a.Limits.Hard {
+		account.reserved.hold(a.RequestID, a.MaxCost)
+	}
+}

@@ -1,0 +1,329 @@
+package mesh
+
+import (
+	"context"
+	"encoding/json"
+	"fmt"
+	"io"
+	"net"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/caddyserver/caddy/v2"
+	"github.com/redis/go-redis/v9"
+	"go.uber.org/zap"
+)
+
+// redisServer is a Redis in a process of its own. It syncs every write before it confirms it.
+type redisServer struct {
+	t       testing.TB
+	address string
+	dir     string
+	args    []string
+	child   *os.Process
+	ended   chan struct{}
+}
+
+func redisBinary(t testing.TB) string {
+	t.Helper()
+	path, err := exec.LookPath("redis-server")
+	if err == nil {
+		return path
+	}
+	if os.Getenv("CI") != "" {
+		t.Fatal(err)
+	}
+	t.Skip("there is no redis-server")
+	return ""
+}
+
+// startRedis runs a Redis, with arguments beside the usual ones, until the test ends.
+func startRedis(t testing.TB, args ...string) *redisServer {
+	t.Helper()
+	redisBinary(t)
+	dir, err := os.MkdirTemp("", "redis")
+	if err != nil {
+		t.Fatal(err)
+	}
+	address := freeAddress(t)
+	_, port, _ := net.SplitHostPort(address)
+	r := &redisServer{t: t, address: address, dir: dir}
+	r.args = append([]string{"--bind", "127.0.0.1", "--port", port, "--save", "", "--appendonly", "yes", "--appendfsync", "always",
+		"--dir", dir, "--unixsocket", r.socket(), "--loglevel", "warning"}, args...)
+	t.Cleanup(func() {
+		r.kill()
+		os.RemoveAll(dir)
+	})
+	r.start()
+	return r
+}
+
+func (r *redisServer) socket() string { return filepath.Join(r.dir, "socket") }
+
+// start runs it; after a kill, with all that it had kept.
+func (r *redisServer) start() {
+	r.t.Helper()
+	cmd := exec.Command(redisBinary(r.t), r.args...)
+	log, err := os.OpenFile(filepath.Join(r.dir, "log"), os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o600)
+	if err != nil {
+		r.t.Fatal(err)
+	}
+	defer log.Close()
+	cmd.Stdout, cmd.Stderr = log, log
+	if err := cmd.Start(); err != nil {
+		r.t.Fatal(err)
+	}
+	ended := make(chan struct{})
+	go func() {
+		defer close(ended)
+		cmd.Wait() //nolint:errcheck // a killed process has no other way to end
+	}()
+	r.child, r.ended = cmd.Process, ended
+	eventually(r.t, "Redis answers", func() bool {
+		select {
+		case <-ended:
+			said, _ := os.ReadFile(filepath.Join(r.dir, "log"))
+			r.t.Fatalf("Redis ended: %s", said)
+		default:
+		}
+		conn, err := net.Dial("unix", r.socket())
+		if err != nil {
+			return false
+		}
+		defer conn.Close()
+		conn.SetDeadline(time.Now().Add(time.Second))
+		answer := make([]byte, 5)
+		fmt.Fprint(conn, "PING\r\n")
+		_, err = io.ReadFull(conn, answer)
+		return err == nil && (string(answer) == "+PONG" || strings.HasPrefix(string(answer), "-NOA"))
+	})
+}
+
+// kill ends it as a power cut does.
+func (r *redisServer) kill() {
+	if r.child == nil {
+		return
+	}
+	r.child.Kill() //nolint:errcheck // it may have ended
+	<-r.ended
+	r.child = nil
+}
+
+// client is the test's own, over the socket.
+func (r *redisServer) client() *redis.Client {
+	c := redis.NewClient(&redis.Options{Addr: r.socket(), Protocol: 2, DisableIdentity: true})
+	r.t.Cleanup(func() { c.Close() })
+	return c
+}
+
+// redisModule is a store's configuration for tests: a Redis that is slow because the machine is busy is no failure.
+func redisModule(t testing.TB, address ...string) *RedisStore {
+	return &RedisStore{
+		Addresses: address,
+		Timeout:   caddy.Duration(5 * time.Second),
+		Journal:   filepath.Join(t.TempDir(), "journal.db"),
+	}
+}
+
+// openRedis opens a store that the test closes, or that is closed at its end.
+func openRedis(t testing.TB, module *RedisStore, change ...func(*redisStore)) *redisStore {
+	t.Helper()
+	ctx, cancel := caddy.NewContext(caddy.Context{Context: context.Background()})
+	defer cancel()
+	if err := module.Provision(ctx); err != nil {
+		t.Fatal(err)
+	}
+	s := newRedisStore(module.options, module.config)
+	s.logger = zap.NewNop()
+	for _, f := range change {
+		f(s)
+	}
+	if err := s.open(); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { closeRedis(t, s) })
+	return s
+}
+
+func closeRedis(t testing.TB, s *redisStore) {
+	t.Helper()
+	select {
+	case <-s.stop:
+		return
+	default:
+	}
+	if err := s.Destruct(); err != nil {
+		t.Error(err)
+	}
+}
+
+// redisBalance is what Redis has of a key.
+type redisBalance struct {
+	total, reserved string
+	pending         int64
+	entries         int
+	sum             Money // of the entries
+	ids             map[string]Event
+}
+
+func decodeEvent(t testing.TB, text string) (e Event) {
+	t.Helper()
+	if err := json.Unmarshal([]byte(text), &e); err != nil {
+		t.Fatal(err)
+	}
+	return e
+}
+
+func readRedis(t testing.TB, s *redisStore, keyID string) (b redisBalance) {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
+	defer cancel()
+	account, err := s.client.HGetAll(ctx, s.key(keyID, "account")).Result()
+	if err != nil {
+		t.Fatal(err)
+	}
+	b.total, b.reserved = account["total"], account["reserved"]
+	if b.pending, err = s.client.HLen(ctx, s.key(keyID, "pending")).Result(); err != nil {
+		t.Fatal(err)
+	}
+	b.ids = make(map[string]Event)
+	messages, err := s.client.XRange(ctx, s.key(keyID, "ledger"), "-", "+").Result()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, m := range messages {
+		e := decodeEvent(t, m.Values["event"].(string))
+		if _, twice := b.ids[e.RequestID]; twice {
+			t.Errorf("%s is in the ledger twice", e.RequestID)
+		}
+		b.ids[e.RequestID] = e
+		b.entries++
+		b.sum += e.Cost
+	}
+	return b
+}
+
+// settledAll waits until nothing is on its way any more.
+func settledAll(t testing.TB, s *redisStore) {
+	t.Helper()
+	eventually(t, "all is settled", func() bool {
+		s.queue.mu.Lock()
+		waiting := len(s.queue.waiting)
+		s.queue.mu.Unlock()
+		return waiting == 0 && s.journal.count() == 0 && !s.degraded() && !s.writing.Load()
+	})
+}
+
+// relay passes connections on to a server, until it is told to do something worse with them.
+type relay struct {
+	listener net.Listener
+	target   string
+
+	mu    sync.Mutex
+	conns map[net.Conn]bool
+	mute  chan struct{} // not nil: bytes are swallowed until it is closed
+}
+
+func startRelay(t testing.TB, target string) *relay {
+	t.Helper()
+	listener, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	r := &relay{listener: listener, target: target, conns: make(map[net.Conn]bool)}
+	var serving sync.WaitGroup
+	serving.Go(func() {
+		for {
+			conn, err := listener.Accept()
+			if err != nil {
+				return
+			}
+			serving.Go(func() { r.serve(conn) })
+		}
+	})
+	t.Cleanup(func() {
+		listener.Close()
+		r.speak()
+		r.reset()
+		serving.Wait()
+	})
+	return r
+}
+
+func (r *relay) address() string { return r.listener.Addr().String() }
+
+func (r *relay) serve(client net.Conn) {
+	server, err := net.Dial("tcp", r.target)
+	if err != nil {
+		client.Close()
+		return
+	}
+	r.mu.Lock()
+	r.conns[client], r.conns[server] = true, true
+	r.mu.Unlock()
+	var copying sync.WaitGroup
+	for _, way := range [][2]net.Conn{{client, server}, {server, client}} {
+		copying.Go(func() {
+			r.copy(way[1], way[0])
+			client.Close()
+			server.Close()
+		})
+	}
+	copying.Wait()
+	r.mu.Lock()
+	delete(r.conns, client)
+	delete(r.conns, server)
+	r.mu.Unlock()
+}
+
+func (r *relay) copy(to, from net.Conn) {
+	buffer := make([]byte, 32<<10)
+	for {
+		n, err := from.Read(buffer)
+		if err != nil {
+			return
+		}
+		r.mu.Lock()
+		mute := r.mute
+		r.mu.Unlock()
+		if mute != nil {
+			<-mute
+		}
+		if _, err := to.Write(buffer[:n]); err != nil {
+			return
+		}
+	}
+}
+
+// hush holds back all bytes, both ways, until speak.
+func (r *relay) hush() {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.mute = make(chan struct{})
+}
+
+func (r *relay) speak() {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if r.mute != nil {
+		close(r.mute)
+		r.mute = nil
+	}
+}
+
+// reset breaks all connections.
+func (r *relay) reset() {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	for conn := range r.conns {
+		if tcp, ok := conn.(*net.TCPConn); ok {
+			tcp.SetLinger(0)
+		}
+		conn.Close()
+	}
+}
