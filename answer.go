@@ -77,7 +77,7 @@ func (a *answer) WriteHeader(status int) {
 	isStream := mediaType == "text/event-stream"
 	encoding := a.header.Get("Content-Encoding")
 	switch {
-	case isStream != a.req.stream && isStream,
+	case isStream && !a.req.stream,
 		encoding != "" && !strings.EqualFold(encoding, "identity"):
 		a.fault = errUnreadable
 	case isStream:
