@@ -224,7 +224,7 @@ func (r *chatRequest) sortEdits() {
 // segments returns the body as the upstream receives it: the client's bytes but for the edits, cut into pieces so
 // that nothing is copied.
 func (r *chatRequest) segments(model string) (parts [][]byte, size int64) {
-	name, _ := encodeJSON(model) // a string: cannot fail
+	name := appendString(nil, model)
 	parts = make([][]byte, 0, 3*len(r.edits)+1)
 	add := func(b []byte) {
 		if len(b) > 0 {

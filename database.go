@@ -256,8 +256,10 @@ func (d *database) commit(g *generation, maxEvents int) error {
 
 // put returns how many of the records' keys are new.
 func put(b *bbolt.Bucket, r records) (added int, err error) {
+	last, _ := b.Cursor().Last()
+	last = bytes.Clone(last)
 	for _, key := range slices.Sorted(maps.Keys(r)) {
-		if b.Get([]byte(key)) == nil {
+		if isNew(b, last, []byte(key)) {
 			added++
 		}
 		if err := b.Put([]byte(key), r[key]); err != nil {
@@ -265,6 +267,12 @@ func put(b *bbolt.Bucket, r records) (added int, err error) {
 		}
 	}
 	return added, nil
+}
+
+// isNew reports whether a bucket whose last key is last lacks key. It need not look for what would come behind that, as
+// nearly all request ids do.
+func isNew(b *bbolt.Bucket, last, key []byte) bool {
+	return bytes.Compare(key, last) > 0 || b.Get(key) == nil
 }
 
 // prune deletes the first keys, which are the oldest because request ids begin with the time.
@@ -304,8 +312,9 @@ func (d *database) has(events []settledEvent) ([]bool, error) {
 	err := guard(func() error {
 		return d.bolt.View(func(tx *bbolt.Tx) error {
 			ledger := tx.Bucket(bucketLedger)
+			last, _ := ledger.Cursor().Last()
 			for i := range events {
-				found[i] = ledger.Get([]byte(events[i].requestID)) != nil
+				found[i] = !isNew(ledger, last, []byte(events[i].requestID))
 			}
 			return nil
 		})

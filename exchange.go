@@ -72,7 +72,7 @@ func (x *exchange) authenticate() *apiError {
 }
 
 // meshClient reports whether the client is one written for the Mesh API.
-func (x *exchange) meshClient() bool { return x.r.Header.Get("X-MeshAPI-SDK") != "" }
+func (x *exchange) meshClient() bool { return x.r.Header.Get("X-Meshapi-Sdk") != "" }
 
 // chat serves POST /v1/chat/completions.
 func (x *exchange) chat() *apiError {

@@ -138,7 +138,7 @@ func (a *answer) from(ctx context.Context) (err error) {
 		GotConn:      func(info httptrace.GotConnInfo) { a.reused.Store(info.Reused) },
 		WroteHeaders: func() { a.reached.Store(true) },
 	})
-	out := a.by.upstream.outbound(a.x.r.WithContext(ctx))
+	out := a.by.upstream.outbound(ctx, a.x.r)
 	parts, size := a.req.segments(a.by.as)
 	out.ContentLength = size
 	out.Header.Set("Content-Length", strconv.FormatInt(size, 10))

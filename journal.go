@@ -24,6 +24,7 @@ type journal struct {
 	exists bool     // there is none until there is something to write
 	file   *os.File // open for writing
 	end    int64    // of the last whole frame
+	frames []byte   // what was written last, for its room
 }
 
 // journalFiles are the journals of one database.
@@ -72,11 +73,12 @@ var (
 // append writes accounts and events as one frame, with one write. After an error the same place is written again, over
 // what may have been left there.
 func (j *journal) append(accounts, events records) error {
-	var frames []byte
+	frames := j.frames[:0]
 	if j.end == 0 {
-		frames = appendFrame(frames, j.header)
+		frames = appendFrame(frames, func(b []byte) []byte { return append(b, j.header...) })
 	}
-	frames = appendFrame(frames, appendRecords(appendRecords(nil, accounts), events))
+	frames = appendFrame(frames, func(b []byte) []byte { return appendRecords(appendRecords(b, accounts), events) })
+	j.frames = frames
 	if j.end+int64(len(frames)) > maxJournalSize {
 		return errJournalFull
 	}
@@ -114,10 +116,14 @@ func (j *journal) remove() error {
 	return os.Remove(j.path)
 }
 
-func appendFrame(b, payload []byte) []byte {
-	b = binary.LittleEndian.AppendUint32(b, uint32(len(payload)))
-	b = binary.LittleEndian.AppendUint32(b, crc32.Checksum(payload, castagnoli))
-	return append(b, payload...)
+// appendFrame appends a frame with what payload appends.
+func appendFrame(b []byte, payload func(b []byte) []byte) []byte {
+	start := len(b)
+	b = payload(append(b, make([]byte, frameHeaderSize)...))
+	header, body := b[start:], b[start+frameHeaderSize:]
+	binary.LittleEndian.PutUint32(header, uint32(len(body)))
+	binary.LittleEndian.PutUint32(header[4:], crc32.Checksum(body, castagnoli))
+	return b
 }
 
 // cutFrame returns the payload of the first frame of b, and what follows it. A frame that is torn, damaged or empty

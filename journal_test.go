@@ -131,11 +131,11 @@ func FuzzJournalReplayNeverFails(f *testing.F) {
 	f.Add(appendRecords(nil, records{"a": []byte("b")}), uint8(1))
 	f.Fuzz(func(t *testing.T, content []byte, framed uint8) {
 		j := files.journal(1)
-		file := appendFrame(nil, j.header)
+		file := appendFrame(nil, func(b []byte) []byte { return append(b, j.header...) })
 		if framed%2 == 0 {
 			file = append(file, content...)
 		} else {
-			file = appendFrame(file, content)
+			file = appendFrame(file, func(b []byte) []byte { return append(b, content...) })
 		}
 		if err := os.WriteFile(j.path, file, 0o600); err != nil {
 			t.Fatal(err)

@@ -1,6 +1,7 @@
 package mesh
 
 import (
+	"bytes"
 	"fmt"
 	"math"
 	"math/bits"
@@ -31,17 +32,23 @@ func ParseMoney(s string) (Money, error) {
 }
 
 // String returns the amount as a decimal number of USD, as short as it can be without rounding.
-func (m Money) String() string {
-	sign := ""
+func (m Money) String() string { return string(m.append(nil)) }
+
+// append appends the amount as String returns it.
+func (m Money) append(b []byte) []byte {
 	n := uint64(m)
 	if m < 0 {
-		sign, n = "-", -n
+		b, n = append(b, '-'), -n
 	}
-	s := sign + strconv.FormatUint(n/uint64(usd), 10)
-	if fraction := n % uint64(usd); fraction != 0 {
-		s += "." + strings.TrimRight(fmt.Sprintf("%09d", fraction), "0")
+	b = strconv.AppendUint(b, n/uint64(usd), 10)
+	fraction := n % uint64(usd)
+	if fraction == 0 {
+		return b
 	}
-	return s
+	point := len(b)
+	b = strconv.AppendUint(b, uint64(usd)+fraction, 10) // with a 1 in front, for the zeros behind the point
+	b[point] = '.'
+	return bytes.TrimRight(b, "0")
 }
 
 // thousandth returns a thousandth of m, exactly.
@@ -55,7 +62,7 @@ func (m Money) thousandth() string {
 }
 
 // MarshalText writes the amount as String does.
-func (m Money) MarshalText() ([]byte, error) { return []byte(m.String()), nil }
+func (m Money) MarshalText() ([]byte, error) { return m.append(nil), nil }
 
 // UnmarshalText reads what ParseMoney reads.
 func (m *Money) UnmarshalText(text []byte) (err error) {

@@ -129,24 +129,26 @@ func (p Period) phrase() string {
 // describe sets the rate limit headers: those OpenAI's clients know for the minute, and those of the IETF's draft
 // (draft-ietf-httpapi-ratelimit-headers-10) for both windows.
 func (l Limits) describe(v Verdict, header http.Header) {
-	var policy, state string
-	add := func(name string, limit int64, length int, w Window) {
+	if l.RPM == 0 && l.RPD == 0 {
+		return
+	}
+	policy, state := make([]byte, 0, 64), make([]byte, 0, 64)
+	add := func(name string, limit, length int64, w Window) {
 		if limit == 0 {
 			return
 		}
-		if policy != "" {
-			policy, state = policy+", ", state+", "
+		if len(policy) > 0 {
+			policy, state = append(policy, ", "...), append(state, ", "...)
 		}
-		policy += fmt.Sprintf("%q;q=%d;w=%d", name, limit, length)
-		state += fmt.Sprintf("%q;r=%d;t=%d", name, remaining(limit, w), seconds(w.Reset))
+		policy = strconv.AppendInt(append(append(policy, name...), ";q="...), limit, 10)
+		policy = strconv.AppendInt(append(policy, ";w="...), length, 10)
+		state = strconv.AppendInt(append(append(state, name...), ";r="...), remaining(limit, w), 10)
+		state = strconv.AppendInt(append(state, ";t="...), int64(seconds(w.Reset)), 10)
 	}
-	add("rpm", l.RPM, 60, v.Minute)
-	add("rpd", l.RPD, 24*60*60, v.Day)
-	if policy == "" {
-		return
-	}
-	header.Set("RateLimit-Policy", policy)
-	header.Set("RateLimit", state)
+	add(`"rpm"`, l.RPM, secondsPerMinute, v.Minute)
+	add(`"rpd"`, l.RPD, secondsPerDay, v.Day)
+	header.Set("Ratelimit-Policy", string(policy))
+	header.Set("Ratelimit", string(state))
 	if l.RPM == 0 {
 		return
 	}

@@ -116,7 +116,7 @@ func (s *redisStore) Settle(e Event) {
 		e.Time = s.now()
 	}
 	e.Time, e.Cost = e.Time.UTC(), max(e.Cost, 0)
-	if _, err := encodeEvent(e); err != nil {
+	if _, err := encodeEvent(&e); err != nil {
 		s.logger.Error("event that cannot be entered", zap.String("request_id", e.RequestID), zap.Error(err))
 		return
 	}

@@ -2,7 +2,6 @@ package mesh
 
 import (
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"path/filepath"
@@ -191,7 +190,7 @@ func (s *localStore) Settle(e Event) {
 		e.Time = s.now()
 	}
 	e.Time, e.Cost = e.Time.UTC(), max(e.Cost, 0)
-	encoded, err := encodeEvent(e)
+	encoded, err := encodeEvent(&e)
 	if err != nil {
 		s.logger.Error("event that cannot be entered", zap.String("request_id", e.RequestID), zap.Error(err))
 		return
@@ -216,13 +215,6 @@ func (s *localStore) Settle(e Event) {
 	if news {
 		s.tellWriter(account)
 	}
-}
-
-func encodeEvent(e Event) ([]byte, error) {
-	if !storable(e.KeyID) || !storable(e.RequestID) {
-		return nil, errUnusableID
-	}
-	return json.Marshal(e) // fails in years that JSON cannot say
 }
 
 // lose gives up an event's entry in the ledger. Its cost has been charged.

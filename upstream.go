@@ -1,6 +1,7 @@
 package mesh
 
 import (
+	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -124,7 +125,8 @@ type concealingTransport struct {
 func (t *concealingTransport) RoundTrip(r *http.Request) (*http.Response, error) {
 	out := new(http.Request)
 	*out = *r
-	out.Header = maps.Clone(r.Header)
+	out.Header = make(http.Header, len(r.Header)+len(t.header))
+	maps.Copy(out.Header, r.Header)
 	maps.Copy(out.Header, t.header)
 	if t.host != "" {
 		out.Host = t.host
@@ -142,21 +144,23 @@ func (t *concealingTransport) ProxyProtocolEnabled() bool {
 // Cookies, credentials and everything else stay here.
 var passedOn = []string{"Accept", "Content-Type", "User-Agent", "Traceparent", "Tracestate", "Baggage"}
 
-// outbound returns r as the upstream gets it, without a body.
-func (u *Upstream) outbound(r *http.Request) *http.Request {
-	header := make(http.Header, len(passedOn)+len(u.header)+4)
+// notAdded are the headers that reverse_proxy adds unless they are there and nil.
+var notAdded = []string{"X-Forwarded-For", "X-Forwarded-Host", "X-Forwarded-Proto"}
+
+// outbound returns r as the upstream gets it, under a context of its own and without a body.
+func (u *Upstream) outbound(ctx context.Context, r *http.Request) *http.Request {
+	header := make(http.Header, 8) // as many as there mostly are; a map of more takes twice the room
 	for _, name := range passedOn {
 		if values := r.Header[name]; len(values) > 0 {
 			header[name] = values
 		}
 	}
-	header.Set("Accept-Encoding", "identity") // the meter must be able to read the answer
-	for _, name := range []string{"X-Forwarded-For", "X-Forwarded-Host", "X-Forwarded-Proto"} {
-		header[name] = nil // nil keeps reverse_proxy from adding it
+	header["Accept-Encoding"] = []string{"identity"} // the meter must be able to read the answer
+	for _, name := range notAdded {
+		header[name] = nil
 	}
 	maps.Copy(header, u.header)
-	out := new(http.Request)
-	*out = *r
+	out := r.WithContext(ctx)
 	out.Header = header
 	out.Trailer = nil
 	out.TransferEncoding = nil

@@ -110,11 +110,12 @@ func (s said) costEdit(p *Price) (insert []byte, from, until int) {
 	if !s.hasUsage || p == nil {
 		return nil, s.closing, s.closing
 	}
-	value := strconv.Quote(p.cost(s.usage).String())
-	if s.cost.to > 0 {
-		return []byte(value), s.cost.from, s.cost.to
+	from, until = s.cost.from, s.cost.to
+	if until == 0 {
+		from, until = s.closing, s.closing
+		insert = append(make([]byte, 0, 32), `,"cost":`...)
 	}
-	return []byte(`,"cost":` + value), s.closing, s.closing
+	return append(p.cost(s.usage).append(append(insert, '"')), '"'), from, until
 }
 
 // eachOf calls element for each element of an array, which must consume it. Anything else is passed over.
