@@ -4,7 +4,6 @@ import (
 	"bytes"
 	"context"
 	"errors"
-	"mime"
 	"net/http"
 	"strconv"
 	"strings"
@@ -73,8 +72,7 @@ func (a *answer) WriteHeader(status int) {
 	if status >= 300 {
 		return
 	}
-	mediaType, _, _ := mime.ParseMediaType(a.header.Get("Content-Type"))
-	isStream := mediaType == "text/event-stream"
+	isStream := mediaType(a.header) == "text/event-stream"
 	encoding := a.header.Get("Content-Encoding")
 	switch {
 	case isStream && !a.req.stream,
@@ -193,12 +191,15 @@ func (a *answer) finish() {
 		return
 	}
 	body := a.whole.Bytes()
-	said := readAnswer(body, &a.result.text)
+	said := readAnswer(body, nil)
 	if !said.readable || said.failed || a.req.stream {
 		a.fault = errUnreadable
 		return
 	}
 	a.result.usage, a.result.known = said.usage, said.hasUsage
+	if !said.hasUsage {
+		readAnswer(body, &a.result.text) // there will be an estimate
+	}
 	insert, at, until := said.costEdit(a.by.price)
 	a.header.Set("Content-Type", "application/json")
 	a.x.w.Header().Set("Content-Length", strconv.Itoa(len(body)-(until-at)+len(insert)))

@@ -3,7 +3,7 @@ package mesh
 import (
 	"bytes"
 	"errors"
-	"mime"
+	"io"
 	"net/http"
 	"strconv"
 	"strings"
@@ -11,8 +11,7 @@ import (
 
 // readBody reads the whole body of r, at most limit bytes of it.
 func readBody(w http.ResponseWriter, r *http.Request, limit int64) ([]byte, *apiError) {
-	mediaType, _, err := mime.ParseMediaType(r.Header.Get("Content-Type"))
-	if err != nil && !errors.Is(err, mime.ErrInvalidMediaParameter) || mediaType != "application/json" {
+	if mediaType(r.Header) != "application/json" {
 		return nil, errorf(http.StatusUnsupportedMediaType, "unsupported_media_type",
 			"The request body must be JSON, sent with 'Content-Type: application/json'.")
 	}
@@ -23,11 +22,9 @@ func readBody(w http.ResponseWriter, r *http.Request, limit int64) ([]byte, *api
 	if r.ContentLength > limit {
 		return nil, tooLarge(limit)
 	}
-	// A declared length is believed only so far: whoever declares much and sends nothing shall not cost much.
-	buf := bytes.NewBuffer(make([]byte, 0, min(max(r.ContentLength, 0), 1<<20)+bytes.MinRead))
-	_, err = buf.ReadFrom(http.MaxBytesReader(w, r.Body, limit))
+	body, err := readAll(w, r, limit)
 	if err == nil {
-		return buf.Bytes(), nil
+		return body, nil
 	}
 	// the limit need not be ours: a request_body in front of this handler has its own
 	if tooBig, ok := errors.AsType[*http.MaxBytesError](err); ok {
@@ -36,6 +33,20 @@ func readBody(w http.ResponseWriter, r *http.Request, limit int64) ([]byte, *api
 	refused := errorf(http.StatusBadRequest, "invalid_request", "The request body could not be read to its end.")
 	refused.cause = err
 	return nil, refused
+}
+
+// readAll reads a body whose declared length, if it has one, is within limit. A declared length is believed only so far:
+// whoever declares much and sends nothing shall not cost much.
+func readAll(w http.ResponseWriter, r *http.Request, limit int64) ([]byte, error) {
+	const believed = 1 << 20
+	if length := r.ContentLength; length >= 0 && length <= believed {
+		body := make([]byte, length)
+		_, err := io.ReadFull(r.Body, body)
+		return body, err
+	}
+	buf := bytes.NewBuffer(make([]byte, 0, min(max(r.ContentLength, 0), believed)+bytes.MinRead))
+	_, err := buf.ReadFrom(http.MaxBytesReader(w, r.Body, limit))
+	return buf.Bytes(), err
 }
 
 func tooLarge(limit int64) *apiError {

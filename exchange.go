@@ -197,8 +197,11 @@ func (x *exchange) placeholder(name string) (any, bool) {
 	return nil, false
 }
 
-// log adds what is known of the request to its entry in the access log.
+// log adds what is known of the request to its entry in the access log, if there is one.
 func (x *exchange) log() {
+	if server, ok := x.r.Context().Value(caddyhttp.ServerCtxKey).(*caddyhttp.Server); ok && server.Logs == nil {
+		return
+	}
 	if fields, ok := x.r.Context().Value(caddyhttp.ExtraLogFieldsCtxKey).(*caddyhttp.ExtraLogFields); ok {
 		fields.Set(zap.Object("mesh", &x.event))
 	}

@@ -41,7 +41,7 @@ func (a *answer) failure() *failure {
 	case a.fault != nil:
 		f.cause = a.fault
 		f.tell = errorf(http.StatusBadGateway, "upstream_error", "The upstream's answer could not be read.")
-		if said := readAnswer(a.whole.Bytes(), new(textSample)); said.readable && said.failed {
+		if said := readAnswer(a.whole.Bytes(), nil); said.readable && said.failed {
 			f.tell = inBand(a.whole.Bytes())
 			f.cause = answered(a.status, providerError(a.whole.Bytes()))
 			f.retriable = f.tell.status >= 500

@@ -191,7 +191,7 @@ func (s *stream) end() Outcome {
 func (s *stream) endEvent() {
 	rest := append(bytes.TrimRight(s.held, "\r\n"), "\n\n"...)
 	data, _ := eventData(rest)
-	if string(data) != "[DONE]" && !readAnswer(data, new(textSample)).readable {
+	if string(data) != "[DONE]" && !readAnswer(data, nil).readable {
 		return
 	}
 	s.held, s.scan = nil, eventScanner{}

@@ -74,7 +74,7 @@ type said struct {
 // maxAnswerDepth is how deep an answer may nest to be read.
 const maxAnswerDepth = 1000
 
-// readAnswer reads a chat.completion or a chat.completion.chunk, and adds its text to t.
+// readAnswer reads a chat.completion or a chat.completion.chunk, and adds its text to t, which may be nil.
 func readAnswer(text []byte, t *textSample) (s said) {
 	c := cursor{data: text, maxDepth: maxAnswerDepth}
 	if c.peek() != '{' {
@@ -158,6 +158,10 @@ func (c *cursor) choice(t *textSample) (finished bool) {
 
 // message reads what a model says: its text, its reasoning, and the tools it calls.
 func (c *cursor) message(t *textSample) {
+	if t == nil {
+		c.skip()
+		return
+	}
 	c.eachMember(func(name []byte) {
 		switch string(name) {
 		case "content", "reasoning_content", "reasoning", "refusal":
