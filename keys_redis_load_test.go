@@ -13,7 +13,7 @@ import (
 )
 
 func TestFloodOfUnknownKeysHardlyReachesRedis(t *testing.T) {
-	server := startKeyServer(t)
+	server := startRedis(t)
 	keys := server.keys()
 	const good = 100
 	for i := range good {
@@ -78,7 +78,7 @@ func TestFloodOfUnknownKeysHardlyReachesRedis(t *testing.T) {
 }
 
 func TestThousandRequestsWithOneKeyAreOneCommand(t *testing.T) {
-	server := startKeyServer(t)
+	server := startRedis(t)
 	keys := server.keys()
 	keys.mustWrite(t, secretNumber(1), &Key{id: "a", Name: "one"})
 	c := openCache(t, keys)
@@ -100,7 +100,7 @@ func TestThousandRequestsWithOneKeyAreOneCommand(t *testing.T) {
 }
 
 func TestKnownKeysStayValidWhileRedisIsDown(t *testing.T) {
-	server := startKeyServer(t)
+	server := startRedis(t)
 	degrading, refusing := server.keys(), server.keys()
 	refusing.degrade = false
 	logs, logged := observer.New(zap.InfoLevel)
@@ -133,7 +133,7 @@ func TestKnownKeysStayValidWhileRedisIsDown(t *testing.T) {
 		t.Errorf("%d of 1000 requests waited", slow)
 	}
 	server.start()
-	server.admin.HSet(t.Context(), degrading.hash(secretNumber(1)), "name", "changed") // nobody is told
+	server.client().HSet(t.Context(), degrading.hash(secretNumber(1)), "name", "changed") // nobody is told
 	for _, c := range caches {
 		eventually(t, "back to normal", func() bool {
 			k, err := c.FindKey(t.Context(), secretNumber(1))
@@ -147,7 +147,7 @@ func TestKnownKeysStayValidWhileRedisIsDown(t *testing.T) {
 }
 
 func TestClosedCacheLeavesNothingRunning(t *testing.T) {
-	server := startKeyServer(t)
+	server := startRedis(t)
 	running := goleak.IgnoreCurrent()
 	client := redis.NewClient(&redis.Options{Addr: server.address, DialerRetries: 1})
 	for i := range 3 {

@@ -13,6 +13,17 @@ import (
 	"go.uber.org/zap/zaptest/observer"
 )
 
+// keys is what one instance of the gateway has to do with the keys in this Redis. It waits for a slow disk.
+func (r *redisServer) keys(change ...func(*redis.Options)) *redisKeys {
+	options := &redis.Options{Addr: r.address, Protocol: 2, DisableIdentity: true, ReadTimeout: 10 * time.Second}
+	for _, c := range change {
+		c(options)
+	}
+	client := redis.NewClient(options)
+	r.t.Cleanup(func() { client.Close() })
+	return newRedisKeys(client, "mesh", zap.NewNop())
+}
+
 // openCache runs a cache until the test ends.
 func openCache(t testing.TB, source keySource) *keyCache {
 	c := newKeyCache(source)
@@ -29,7 +40,7 @@ func (s *redisKeys) mustWrite(t testing.TB, secret digest, k *Key) {
 }
 
 func TestKeyIsReadAsItWasWritten(t *testing.T) {
-	keys := startKeyServer(t).keys()
+	keys := startRedis(t).keys()
 	full := &Key{id: "team-a", Name: "Team A", Owner: "acme \x00\n", RPM: 60, RPD: 1 << 40, SpendCap: 25*usd + 1, SpendPeriod: PeriodMonth,
 		HardCap: true, Models: []string{"openai/*", `a/"b"`}, DefaultModel: "openai/gpt-4o",
 		Expires: time.Date(2027, 1, 2, 3, 4, 5, 6, time.UTC), Suspended: true}
@@ -50,8 +61,8 @@ func TestKeyIsReadAsItWasWritten(t *testing.T) {
 }
 
 func TestKeyThatCannotBeUnderstoodIsRefusedAndLoggedOnce(t *testing.T) {
-	server := startKeyServer(t)
-	keys := server.keys()
+	server := startRedis(t)
+	keys, admin := server.keys(), server.client()
 	hash := keys.hash(secretNumber(1))
 	for _, tc := range []struct{ field, value, want string }{
 		{"id", "", "key: id: it has none"},
@@ -71,12 +82,12 @@ func TestKeyThatCannotBeUnderstoodIsRefusedAndLoggedOnce(t *testing.T) {
 	} {
 		logs, logged := observer.New(zap.InfoLevel)
 		keys.logger = zap.New(logs)
-		server.admin.Del(t.Context(), hash)
-		server.admin.HSet(t.Context(), hash, "id", "team-a", "later_version", "field")
+		admin.Del(t.Context(), hash)
+		admin.HSet(t.Context(), hash, "id", "team-a", "later_version", "field")
 		if got, err := keys.LookUpKey(t.Context(), secretNumber(1)); got == nil || err != nil {
 			t.Errorf("without %s: %v, %v", tc.field, got, err)
 		}
-		server.admin.HSet(t.Context(), hash, tc.field, tc.value)
+		admin.HSet(t.Context(), hash, tc.field, tc.value)
 		for range 3 {
 			if got, err := keys.LookUpKey(t.Context(), secretNumber(1)); got != nil || err != nil {
 				t.Errorf("%s %q: %v, %v", tc.field, tc.value, got, err)
@@ -87,30 +98,30 @@ func TestKeyThatCannotBeUnderstoodIsRefusedAndLoggedOnce(t *testing.T) {
 			t.Errorf("%s %q: logged %v, want once: %s", tc.field, tc.value, entries, tc.want)
 		}
 	}
-	server.admin.Del(t.Context(), hash)
-	server.admin.Set(t.Context(), hash, "a string", 0)
+	admin.Del(t.Context(), hash)
+	admin.Set(t.Context(), hash, "a string", 0)
 	if got, err := keys.LookUpKey(t.Context(), secretNumber(1)); got != nil || err != nil {
 		t.Errorf("not a hash: %v, %v", got, err)
 	}
 }
 
 func TestWritingAKeyLeavesWhatANewerVersionWroteAlone(t *testing.T) {
-	server := startKeyServer(t)
-	keys := server.keys()
-	server.admin.HSet(t.Context(), keys.hash(secretNumber(1)), "id", "a", "rpm", "5", "later_version", "field")
+	server := startRedis(t)
+	keys, admin := server.keys(), server.client()
+	admin.HSet(t.Context(), keys.hash(secretNumber(1)), "id", "a", "rpm", "5", "later_version", "field")
 	keys.mustWrite(t, secretNumber(1), &Key{id: "a", RPD: 7})
 	if err := keys.rotate(t.Context(), secretNumber(1), secretNumber(2), 0); err != nil {
 		t.Fatal(err)
 	}
-	got := server.admin.HGetAll(t.Context(), keys.hash(secretNumber(2))).Val()
+	got := admin.HGetAll(t.Context(), keys.hash(secretNumber(2))).Val()
 	if want := map[string]string{"id": "a", "rpd": "7", "later_version": "field"}; !reflect.DeepEqual(got, want) {
 		t.Errorf("%v, want %v", got, want)
 	}
 }
 
 func TestOnlyAKeyThatIsThereCanBeChanged(t *testing.T) {
-	server := startKeyServer(t)
-	keys, ctx := server.keys(), t.Context()
+	server := startRedis(t)
+	keys, admin, ctx := server.keys(), server.client(), t.Context()
 	keys.mustWrite(t, secretNumber(1), &Key{id: "a"})
 	for name, err := range map[string]error{
 		"suspend": keys.suspend(ctx, secretNumber(9), true),
@@ -125,7 +136,7 @@ func TestOnlyAKeyThatIsThereCanBeChanged(t *testing.T) {
 	if err := keys.rotate(ctx, secretNumber(1), secretNumber(2), 0); err != errKeyExists {
 		t.Errorf("rotating onto another key: %v", err)
 	}
-	if n := server.admin.DBSize(ctx).Val(); n != 2 {
+	if n := admin.DBSize(ctx).Val(); n != 2 {
 		t.Errorf("%d keys in Redis", n)
 	}
 	var changes sync.WaitGroup

@@ -9,8 +9,11 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"regexp"
+	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -114,11 +117,34 @@ func (r *redisServer) kill() {
 	r.child = nil
 }
 
-// client is the test's own, over the socket.
+// client is the test's own, over the socket. It waits for a slow disk.
 func (r *redisServer) client() *redis.Client {
-	c := redis.NewClient(&redis.Options{Addr: r.socket(), Protocol: 2, DisableIdentity: true})
+	c := redis.NewClient(&redis.Options{Addr: r.socket(), Protocol: 2, DisableIdentity: true, ReadTimeout: 10 * time.Second})
 	r.t.Cleanup(func() { c.Close() })
 	return c
+}
+
+// calls returns how often a command was called, by scripts as well.
+func (r *redisServer) calls(command string) int { return r.stat(command, "calls") }
+
+// rejected returns how often a command was refused, as by an ACL.
+func (r *redisServer) rejected(command string) int { return r.stat(command, "rejected_calls") }
+
+func (r *redisServer) stat(command, name string) int {
+	r.t.Helper()
+	stats, err := r.client().Info(context.Background(), "commandstats").Result()
+	if err != nil {
+		r.t.Fatal(err)
+	}
+	found := regexp.MustCompile("cmdstat_" + command + ":(?:.*,)?" + name + `=(\d+)`).FindStringSubmatch(stats)
+	if found == nil {
+		return 0
+	}
+	n, err := strconv.Atoi(found[1])
+	if err != nil {
+		r.t.Fatal(err)
+	}
+	return n
 }
 
 // redisModule is a store's configuration for tests: a Redis that is slow because the machine is busy is no failure.
@@ -223,10 +249,22 @@ func settledAll(t testing.TB, s *redisStore) {
 type relay struct {
 	listener net.Listener
 	target   string
+	delay    atomic.Int64 // nanoseconds that each answer is held back for
 
 	mu    sync.Mutex
-	conns map[net.Conn]bool
-	mute  chan struct{} // not nil: bytes are swallowed until it is closed
+	conns map[*relayed]bool
+	mute  chan struct{} // not nil: bytes are held back until it is closed
+}
+
+// relayed is one connection of a client, and the one to the server that belongs to it.
+type relayed struct {
+	client, server net.Conn
+	lost           atomic.Bool // bytes are swallowed for good
+}
+
+func (c *relayed) close() {
+	c.client.Close()
+	c.server.Close()
 }
 
 func startRelay(t testing.TB, target string) *relay {
@@ -235,7 +273,7 @@ func startRelay(t testing.TB, target string) *relay {
 	if err != nil {
 		t.Fatal(err)
 	}
-	r := &relay{listener: listener, target: target, conns: make(map[net.Conn]bool)}
+	r := &relay{listener: listener, target: target, conns: make(map[*relayed]bool)}
 	var serving sync.WaitGroup
 	serving.Go(func() {
 		for {
@@ -263,25 +301,21 @@ func (r *relay) serve(client net.Conn) {
 		client.Close()
 		return
 	}
+	c := &relayed{client: client, server: server}
 	r.mu.Lock()
-	r.conns[client], r.conns[server] = true, true
+	r.conns[c] = true
 	r.mu.Unlock()
 	var copying sync.WaitGroup
-	for _, way := range [][2]net.Conn{{client, server}, {server, client}} {
-		copying.Go(func() {
-			r.copy(way[1], way[0])
-			client.Close()
-			server.Close()
-		})
-	}
+	copying.Go(func() { r.copy(c, server, client, nil) })
+	copying.Go(func() { r.copy(c, client, server, &r.delay) })
 	copying.Wait()
 	r.mu.Lock()
-	delete(r.conns, client)
-	delete(r.conns, server)
+	delete(r.conns, c)
 	r.mu.Unlock()
 }
 
-func (r *relay) copy(to, from net.Conn) {
+func (r *relay) copy(c *relayed, to, from net.Conn, delay *atomic.Int64) {
+	defer c.close()
 	buffer := make([]byte, 32<<10)
 	for {
 		n, err := from.Read(buffer)
@@ -293,6 +327,12 @@ func (r *relay) copy(to, from net.Conn) {
 		r.mu.Unlock()
 		if mute != nil {
 			<-mute
+		}
+		if delay != nil {
+			time.Sleep(time.Duration(delay.Load()))
+		}
+		if c.lost.Load() {
+			continue
 		}
 		if _, err := to.Write(buffer[:n]); err != nil {
 			return
@@ -316,14 +356,25 @@ func (r *relay) speak() {
 	}
 }
 
+// lose has the connections that are open now carry nothing any more, without a word to either side.
+func (r *relay) lose() {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	for c := range r.conns {
+		c.lost.Store(true)
+	}
+}
+
 // reset breaks all connections.
 func (r *relay) reset() {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	for conn := range r.conns {
-		if tcp, ok := conn.(*net.TCPConn); ok {
-			tcp.SetLinger(0)
+	for c := range r.conns {
+		for _, conn := range []net.Conn{c.client, c.server} {
+			if tcp, ok := conn.(*net.TCPConn); ok {
+				tcp.SetLinger(0)
+			}
 		}
-		conn.Close()
+		c.close()
 	}
 }
