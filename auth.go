@@ -74,6 +74,17 @@ func (k *Key) check(models modelTable) error {
 			return err
 		}
 	}
+	if err := k.checkTerms(); err != nil {
+		return err
+	}
+	if k.DefaultModel != "" && models.find(k.DefaultModel) == nil {
+		return fmt.Errorf("default_model: no model matches %s", k.DefaultModel)
+	}
+	return nil
+}
+
+// checkTerms finds what is wrong with what the key may do, wherever it is kept. Its errors name the field.
+func (k *Key) checkTerms() error {
 	switch {
 	case k.RPM < 0:
 		return fmt.Errorf("rpm: %d is negative", k.RPM)
@@ -92,13 +103,7 @@ func (k *Key) check(models modelTable) error {
 			return fmt.Errorf("models: %w", err)
 		}
 	}
-	if k.DefaultModel == "" {
-		return nil
-	}
-	if models.find(k.DefaultModel) == nil {
-		return fmt.Errorf("default_model: no model matches %s", k.DefaultModel)
-	}
-	if !k.allows(k.DefaultModel) {
+	if k.DefaultModel != "" && !k.allows(k.DefaultModel) {
 		return fmt.Errorf("default_model: %s is not among the key's own models", k.DefaultModel)
 	}
 	return nil
@@ -234,12 +239,4 @@ func (k *Key) refusal(now time.Time) *apiError {
 		return errSuspended
 	}
 	return nil
-}
-
-// keyNotFound is the answer where a key was not found because the store could not say. Only the debug log has the
-// cause: there may be as many of these as there are requests.
-func keyNotFound(err error) *apiError {
-	e := *errStoreUnavailable
-	e.cause, e.retryAfter = err, time.Second
-	return &e
 }

@@ -2,6 +2,7 @@ package mesh
 
 import (
 	"cmp"
+	"errors"
 	"net/http"
 	"strings"
 	"time"
@@ -62,7 +63,7 @@ func (x *exchange) authenticate() *apiError {
 	}
 	key, err := x.h.findKey(x.r.Context(), secret)
 	if err != nil {
-		return keyNotFound(err)
+		return x.storeFailed(err)
 	}
 	if key != nil {
 		x.key = key
@@ -108,9 +109,15 @@ func (x *exchange) chat() *apiError {
 	return served.refusal
 }
 
+// storeFailed is the answer where the store could not say. An outage is the store's to log, and every request's error:
+// of those only the debug log has each, as of any refusal.
 func (x *exchange) storeFailed(err error) *apiError {
-	x.h.logger.Error("store unavailable", zap.String("request_id", x.event.RequestID), zap.Error(err))
-	return errStoreUnavailable
+	if !errors.Is(err, errUnavailable) {
+		x.h.store.faults.note(x.h.logger, x.event.RequestID, err)
+	}
+	e := *errStoreUnavailable
+	e.cause, e.retryAfter = err, time.Second
+	return &e
 }
 
 func (h *Handler) releaseStore() {

@@ -4,6 +4,8 @@ import (
 	"context"
 	"crypto/sha256"
 	"errors"
+	"fmt"
+	"runtime/debug"
 	"sync"
 	"time"
 )
@@ -18,18 +20,18 @@ type keySource interface {
 	// have been, as when messages may have been missed. After stop has returned there are no more calls.
 	WatchKeys(changed func(secret digest, all bool)) (stop func())
 
+	// Away returns a channel that is closed while the source does not answer, or as soon as it does not. LookUpKey asks
+	// nothing then.
+	Away() <-chan struct{}
+
 	// KeysOutliveOutage reports whether a key that was known stays valid while LookUpKey fails.
 	KeysOutliveOutage() bool
 }
 
 const (
-	knownFor  = 30 * time.Second // a change takes effect after this time where WatchKeys tells nothing
-	maxKnown  = 65_536           // keys; about 30 MB
-	maxLookup = 2 * time.Second  // for a lookup, its wait for a turn included
-	keyTurns  = 32               // lookups of known keys at a time
-
-	outageAfter = 3               // failed lookups in a row
-	outageRetry = 2 * time.Second // between lookups in an outage: each may cost a request a timeout
+	knownFor = 30 * time.Second // a change takes effect after this time where WatchKeys tells nothing
+	maxKnown = 65_536           // keys; about 30 MB
+	keyTurns = 8                // lookups of known keys at a time; with firstTurns, fewer than there are connections
 )
 
 // keyCache remembers which keys there are. It is what a store with keys asks first, and for almost every request the
@@ -41,21 +43,21 @@ const (
 // client with a good key that this instance has not seen yet must not throw it away. A key that was seen or announced
 // by WatchKeys has nothing to do with any of that, even when it has to be looked up anew.
 type keyCache struct {
-	source keySource
-	stop   func()
-	now    func() time.Time
+	source  keySource
+	stop    func()
+	now     func() time.Time
+	flying  sync.WaitGroup // lookups
+	timeout time.Duration  // of a lookup, and for how long a request waits for one
 
 	knownFor time.Duration
 	maxKnown int
 	turns    chan struct{} // for lookups of known keys
 
-	mu       sync.Mutex // held for memory only
-	known    map[digest]*knownKey
-	era      uint64 // knownKeys of an earlier one have to be looked up again
-	unknown  unknownKeys
-	flights  map[digest]*keyFlight
-	failures int       // in a row
-	retryAt  time.Time // in an outage: no lookup before
+	mu      sync.Mutex // held for memory only
+	known   map[digest]*knownKey
+	era     uint64 // knownKeys of an earlier one have to be looked up again
+	unknown unknownKeys
+	flights map[digest]*keyFlight
 }
 
 // knownKey is a key that exists; or one that was changed and not looked up since, which has no key here.
@@ -70,7 +72,7 @@ func (k *knownKey) fresh(now time.Time, era uint64) bool {
 	return k != nil && k.key != nil && k.era == era && now.Before(k.until)
 }
 
-// keyFlight is one lookup, and whoever waits for it.
+// keyFlight is one lookup, for all who want its key.
 type keyFlight struct {
 	delay time.Duration // until it may begin
 	turns chan struct{}
@@ -81,20 +83,22 @@ type keyFlight struct {
 }
 
 var (
-	errKeyOutage   = errors.New("the store of keys does not answer")
-	errManyUnknown = errors.New("too many unknown keys at once")
+	errKeyOutage   = fmt.Errorf("%w: the store of keys does not answer", errUnavailable)
+	errSlowLookup  = fmt.Errorf("%w: looking up the key takes too long", errUnavailable)
+	errManyUnknown = fmt.Errorf("%w: too many unknown keys at once", errUnavailable)
 	errLookupDied  = errors.New("the lookup of a key did not end")
 )
 
-func newKeyCache(source keySource) *keyCache {
+func newKeyCache(source keySource, timeout time.Duration) *keyCache {
 	return &keyCache{
 		source:   source,
 		now:      time.Now,
+		timeout:  timeout,
 		knownFor: knownFor,
 		maxKnown: maxKnown,
 		turns:    make(chan struct{}, keyTurns),
 		known:    make(map[digest]*knownKey),
-		unknown:  newUnknownKeys(),
+		unknown:  newUnknownKeys(min(maxDelay, timeout/2)),
 		flights:  make(map[digest]*keyFlight),
 	}
 }
@@ -102,7 +106,11 @@ func newKeyCache(source keySource) *keyCache {
 // open begins to follow changes, until close.
 func (c *keyCache) open() { c.stop = c.source.WatchKeys(c.changed) }
 
-func (c *keyCache) close() { c.stop() }
+// close waits for lookups that are under way.
+func (c *keyCache) close() {
+	c.stop()
+	c.flying.Wait()
+}
 
 // FindKey returns the key with a secret of this digest, or nil where there is none. An error means that this is not
 // known at the moment.
@@ -120,13 +128,10 @@ func (c *keyCache) FindKey(ctx context.Context, secret [sha256.Size]byte) (*Key,
 		c.mu.Unlock()
 		return nil, nil
 	}
-	f, leads, err := c.board(secret, known != nil, now)
+	f, err := c.board(secret, known != nil, now)
 	c.mu.Unlock()
-	if leads {
-		c.fly(ctx, secret, f)
-	}
 	if err == nil {
-		err = f.wait(ctx)
+		err = c.wait(ctx, f)
 	}
 	if err != nil {
 		return c.outlived(secret, err)
@@ -134,43 +139,82 @@ func (c *keyCache) FindKey(ctx context.Context, secret [sha256.Size]byte) (*Key,
 	return f.key, nil
 }
 
-// board joins the lookup of a key that is under way, or begins one: then the caller leads it. c.mu is held.
-func (c *keyCache) board(secret digest, known bool, now time.Time) (f *keyFlight, leads bool, err error) {
+// board joins the lookup of a key that is under way, or begins one. c.mu is held.
+func (c *keyCache) board(secret digest, known bool, now time.Time) (*keyFlight, error) {
+	if c.away() {
+		return nil, errKeyOutage
+	}
 	if f := c.flights[secret]; f != nil {
-		return f, false, nil
+		return f, nil
 	}
-	if now.Before(c.retryAt) {
-		return nil, false, errKeyOutage
-	}
-	f = &keyFlight{turns: c.turns, done: make(chan struct{}), err: errLookupDied}
+	f := &keyFlight{turns: c.turns, done: make(chan struct{})}
 	if !known {
-		delay, ok := c.unknown.pace.reserve(now)
+		delay, ok := c.unknown.reserve(now)
 		if !ok {
-			return nil, false, errManyUnknown
+			return nil, errManyUnknown
 		}
 		f.delay, f.turns = delay, c.unknown.turns
 	}
-	if c.failures >= outageAfter {
-		c.retryAt = now.Add(outageRetry) // this one tries it for all
-	}
 	c.flights[secret] = f
-	return f, true, nil
+	c.flying.Go(func() { c.fly(secret, f) })
+	return f, nil
 }
 
-// fly looks the key up. It goes on when its own request has ended, because others wait for it.
-func (c *keyCache) fly(ctx context.Context, secret digest, f *keyFlight) {
-	defer c.land(secret, f)
-	time.Sleep(f.delay) // a moment, and only of the requests that maxDelay allows
-	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), maxLookup)
-	defer cancel()
+func (c *keyCache) away() bool {
 	select {
-	case f.turns <- struct{}{}:
+	case <-c.source.Away():
+		return true
+	default:
+		return false
+	}
+}
+
+// wait waits for a lookup, but no longer than a request may. The lookup goes on without those who leave.
+func (c *keyCache) wait(ctx context.Context, f *keyFlight) error {
+	timer := time.NewTimer(c.timeout)
+	defer timer.Stop()
+	select {
+	case <-f.done:
+		return f.err
+	case <-c.source.Away():
+		return errKeyOutage
+	case <-timer.C:
+		return errSlowLookup
 	case <-ctx.Done():
-		f.err = ctx.Err()
+		return fmt.Errorf("%w: %w", errUnavailable, ctx.Err())
+	}
+}
+
+// fly looks the key up.
+func (c *keyCache) fly(secret digest, f *keyFlight) {
+	defer func() {
+		if cause := recover(); cause != nil {
+			f.err = fmt.Errorf("%w: %v\n%s", errLookupDied, cause, debug.Stack())
+		}
+		c.land(secret, f)
+	}()
+	time.Sleep(f.delay) // a moment, and only of the lookups that unknownKeys allows
+	if f.err = c.takeTurn(f.turns); f.err != nil {
 		return
 	}
 	defer func() { <-f.turns }()
+	ctx, cancel := context.WithTimeout(context.Background(), c.timeout)
+	defer cancel()
 	f.key, f.err = c.source.LookUpKey(ctx, secret)
+}
+
+// takeTurn waits no longer than the request that began the lookup.
+func (c *keyCache) takeTurn(turns chan struct{}) error {
+	timer := time.NewTimer(c.timeout)
+	defer timer.Stop()
+	select {
+	case turns <- struct{}{}:
+		return nil
+	case <-c.source.Away():
+		return errKeyOutage
+	case <-timer.C:
+		return errSlowLookup
+	}
 }
 
 // land remembers what a lookup found, unless the key was changed while it was under way: then it may have found what
@@ -179,12 +223,11 @@ func (c *keyCache) land(secret digest, f *keyFlight) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	defer close(f.done)
-	now := c.now()
-	c.count(f.err, now)
 	if c.flights[secret] != f {
 		return
 	}
 	delete(c.flights, secret)
+	now := c.now()
 	switch {
 	case f.err != nil:
 	case f.key == nil:
@@ -192,19 +235,6 @@ func (c *keyCache) land(secret digest, f *keyFlight) {
 		c.unknown.add(secret, now)
 	default:
 		c.keep(secret, f.key, now)
-	}
-}
-
-// count notices when an outage begins and when it ends. In one, a lookup now and then tries whether it still lasts,
-// and all others fail at once.
-func (c *keyCache) count(err error, now time.Time) {
-	if err == nil {
-		c.failures, c.retryAt = 0, time.Time{}
-		return
-	}
-	c.failures++
-	if c.failures >= outageAfter {
-		c.retryAt = now.Add(outageRetry)
 	}
 }
 
@@ -246,7 +276,6 @@ func (c *keyCache) changed(secret digest, all bool) {
 	defer c.mu.Unlock()
 	if all {
 		c.era++
-		c.retryAt = time.Time{} // who tells of changes has just reached the store
 		clear(c.flights)
 		c.unknown.clear()
 		return
@@ -271,14 +300,4 @@ func (c *keyCache) outlived(secret digest, err error) (*Key, error) {
 	}
 	known.used = c.now()
 	return known.key, nil
-}
-
-// wait returns the error of the lookup, or of a context that ends before it.
-func (f *keyFlight) wait(ctx context.Context) error {
-	select {
-	case <-f.done:
-		return f.err
-	case <-ctx.Done():
-		return ctx.Err()
-	}
 }

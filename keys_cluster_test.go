@@ -14,7 +14,7 @@ func clusterKeys(t testing.TB, nodes []*redisServer) *redisKeys {
 		Addrs: []string{nodes[0].address}, Protocol: 2, DisableIdentity: true, ReadTimeout: 10 * time.Second,
 	})
 	t.Cleanup(func() { client.Close() })
-	return newRedisKeys(client, "mesh", zap.NewNop())
+	return newRedisKeys(client, "mesh", newBreaker("away", zap.NewNop()), zap.NewNop())
 }
 
 func TestChangeOfAKeyInAClusterTakesEffectElsewhereWithinASecond(t *testing.T) {

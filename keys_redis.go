@@ -19,23 +19,25 @@ import (
 type redisKeys struct {
 	client  redis.UniversalClient
 	prefix  string
+	breaker *breaker // the store's
 	logger  *zap.Logger
 	degrade bool          // on_failure: whether a key that was known stays valid in an outage
 	quiet   time.Duration // without a message; then the subscription's connection is tried
 
 	mu       sync.Mutex
-	outage   trouble
+	refusal  trouble
 	reported map[digest]string // keys that cannot be understood, and why
 }
 
-func newRedisKeys(client redis.UniversalClient, prefix string, logger *zap.Logger) *redisKeys {
+func newRedisKeys(client redis.UniversalClient, prefix string, b *breaker, logger *zap.Logger) *redisKeys {
 	return &redisKeys{
 		client:   client,
 		prefix:   prefix,
+		breaker:  b,
 		logger:   logger,
 		degrade:  true,
 		quiet:    quietFor,
-		outage:   trouble{message: "keys cannot be looked up"},
+		refusal:  trouble{message: "Redis refuses to look up keys"},
 		reported: make(map[digest]string),
 	}
 }
@@ -49,38 +51,65 @@ func (s *redisKeys) channel() string { return s.prefix + ":keys" }
 // KeysOutliveOutage is the store's on_failure.
 func (s *redisKeys) KeysOutliveOutage() bool { return s.degrade }
 
-// LookUpKey reads a key, in one command. One that cannot be understood is no key: what its limits are is not known,
-// so it opens nothing, and 401 is what its owner has to hear, because no retry will help. The log says why, once.
+// Away is the breaker.
+func (s *redisKeys) Away() <-chan struct{} { return s.breaker.opened() }
+
+// LookUpKey reads a key, in one command, unless the breaker is open. A key that cannot be understood is none: what its
+// limits are is not known, so it opens nothing, and 401 is what its owner has to hear, because no retry will help. The
+// log says why, once.
 func (s *redisKeys) LookUpKey(ctx context.Context, secret digest) (*Key, error) {
-	values, err := s.client.HMGet(ctx, s.hash(secret), keyFieldNames...).Result()
-	if redis.HasErrorPrefix(err, "WRONGTYPE") {
-		s.answered(secret, errors.New("it is not a hash"))
+	if s.breaker.open() {
+		return nil, errKeyOutage
+	}
+	hash := s.hash(secret)
+	values, err := s.client.HMGet(ctx, hash, keyFieldNames...).Result()
+	if err == nil {
+		err = ctx.Err() // it came too late
+	}
+	switch {
+	case redis.HasErrorPrefix(err, "WRONGTYPE"):
+		s.answered(hash)
+		s.report(secret, errors.New("it is not a hash"))
 		return nil, nil
+	case isRefusal(err):
+		return nil, s.refused(err)
+	case err != nil:
+		s.breaker.noteTimed(hash, err)
+		return nil, fmt.Errorf("looking up a key: %w", unanswered(err))
 	}
-	if err != nil {
-		err = fmt.Errorf("looking up a key: %w", err)
-		s.noteOutage(err)
-		return nil, err
-	}
+	s.answered(hash)
 	key, err := readKey(values)
-	s.answered(secret, err)
+	s.report(secret, err)
 	if err != nil {
 		return nil, nil
 	}
 	return key, nil
 }
 
-func (s *redisKeys) noteOutage(err error) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	s.outage.note(s.logger, err)
+// isRefusal reports whether Redis is there and does not do what it is told. The breaker is not for that: all that is
+// no lookup may well go on, and whether a command is allowed some day the store's heart cannot find out.
+func isRefusal(err error) bool {
+	return err != nil && !isNetwork(err) && (isRefusedCredentials(err) || isGeneral(err))
 }
 
-// answered logs what is wrong with a key, if that is news.
-func (s *redisKeys) answered(secret digest, wrong error) {
+func (s *redisKeys) refused(err error) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	s.outage.note(s.logger, nil)
+	s.refusal.note(s.logger, err)
+	return fmt.Errorf("looking up a key: %w: %w", errUnavailable, err)
+}
+
+func (s *redisKeys) answered(hash string) {
+	s.breaker.noteTimed(hash, nil)
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.refusal.note(s.logger, nil)
+}
+
+// report logs what is wrong with a key, if that is news.
+func (s *redisKeys) report(secret digest, wrong error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
 	if wrong == nil {
 		delete(s.reported, secret)
 		return

@@ -22,8 +22,8 @@ var keyFields = []keyField{
 	{"owner", textField(func(k *Key) *string { return &k.Owner }), func(k *Key) string { return k.Owner }},
 	{"rpm", countField(func(k *Key) *int64 { return &k.RPM }), func(k *Key) string { return unlessZero(k.RPM) }},
 	{"rpd", countField(func(k *Key) *int64 { return &k.RPD }), func(k *Key) string { return unlessZero(k.RPD) }},
-	{"spend_cap_usd", func(k *Key, s string) (err error) { k.SpendCap, err = ParseMoney(s); return err }, writeSpendCap},
-	{"spend_period", readSpendPeriod, func(k *Key) string { return string(k.SpendPeriod) }},
+	{"spend_cap_usd", readSpendCap, writeSpendCap},
+	{"spend_period", textField(func(k *Key) *string { return (*string)(&k.SpendPeriod) }), func(k *Key) string { return string(k.SpendPeriod) }},
 	{"spend_cap_hard", boolField(func(k *Key) *bool { return &k.HardCap }), func(k *Key) string { return ifTrue(k.HardCap) }},
 	{"models", readKeyModels, writeKeyModels},
 	{"default_model", readDefaultModel, func(k *Key) string { return k.DefaultModel }},
@@ -59,6 +59,9 @@ func readKey(values []any) (*Key, error) {
 	if k.id == "" {
 		return nil, errors.New("key: id: it has none")
 	}
+	if err := k.checkTerms(); err != nil {
+		return nil, fmt.Errorf("key %s: %w", k.id, err)
+	}
 	return k, nil
 }
 
@@ -93,13 +96,19 @@ func textField(field func(*Key) *string) func(*Key, string) error {
 func countField(field func(*Key) *int64) func(*Key, string) error {
 	return func(k *Key, s string) error {
 		n, err := strconv.ParseInt(s, 10, 64)
-		if err != nil || n < 0 {
+		if err != nil {
 			return fmt.Errorf("%q is not a number of requests", s)
+		}
+		if n == 0 {
+			return errZeroLimit
 		}
 		*field(k) = n
 		return nil
 	}
 }
+
+// errZeroLimit is for a limit that reads like "nothing at all" and would mean "no limit".
+var errZeroLimit = errors.New("0 would refuse every request; to do that, suspend the key. A key without this limit has no such field")
 
 func boolField(field func(*Key) *bool) func(*Key, string) error {
 	return func(k *Key, s string) (err error) {
@@ -124,16 +133,19 @@ func ifTrue(b bool) string {
 	return "true"
 }
 
+func readSpendCap(k *Key, s string) (err error) {
+	k.SpendCap, err = ParseMoney(s)
+	if err == nil && k.SpendCap == 0 {
+		return errZeroLimit
+	}
+	return err
+}
+
 func writeSpendCap(k *Key) string {
 	if k.SpendCap == 0 {
 		return ""
 	}
 	return k.SpendCap.String()
-}
-
-func readSpendPeriod(k *Key, s string) error {
-	k.SpendPeriod = Period(s)
-	return k.SpendPeriod.check()
 }
 
 func readKeyModels(k *Key, s string) error {
@@ -142,11 +154,6 @@ func readKeyModels(k *Key, s string) error {
 	}
 	if len(k.Models) == 0 {
 		return errors.New("the list is empty; a key that may use all models has no such field")
-	}
-	for _, pattern := range k.Models {
-		if err := checkPattern(pattern); err != nil {
-			return err
-		}
 	}
 	return nil
 }

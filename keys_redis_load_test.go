@@ -9,7 +9,6 @@ import (
 	"github.com/redis/go-redis/v9"
 	"go.uber.org/goleak"
 	"go.uber.org/zap"
-	"go.uber.org/zap/zaptest/observer"
 )
 
 func TestFloodOfUnknownKeysHardlyReachesRedis(t *testing.T) {
@@ -99,53 +98,6 @@ func TestThousandRequestsWithOneKeyAreOneCommand(t *testing.T) {
 	}
 }
 
-func TestKnownKeysStayValidWhileRedisIsDown(t *testing.T) {
-	server := startRedis(t)
-	degrading, refusing := server.keys(), server.keys()
-	refusing.degrade = false
-	logs, logged := observer.New(zap.InfoLevel)
-	degrading.logger = zap.New(logs)
-	degrading.mustWrite(t, secretNumber(1), &Key{id: "a", Name: "known"})
-	caches := []*keyCache{newKeyCache(degrading), newKeyCache(refusing)}
-	for _, c := range caches {
-		c.knownFor = 50 * time.Millisecond
-		c.open()
-		t.Cleanup(c.close)
-		wantKey(t, c, secretNumber(1), "known")
-	}
-	server.kill()
-	time.Sleep(50 * time.Millisecond)
-	var slow int
-	for range 1000 {
-		began := time.Now()
-		wantKey(t, caches[0], secretNumber(1), "known")
-		if time.Since(began) > 100*time.Millisecond {
-			slow++
-		}
-		if k, err := caches[1].FindKey(t.Context(), secretNumber(1)); err == nil {
-			t.Fatalf("refuse: %v", k)
-		}
-		if k, err := caches[0].FindKey(t.Context(), secretNumber(2)); err == nil {
-			t.Fatalf("a key never seen: %v", k)
-		}
-	}
-	if slow > 50 {
-		t.Errorf("%d of 1000 requests waited", slow)
-	}
-	server.start()
-	server.client().HSet(t.Context(), degrading.hash(secretNumber(1)), "name", "changed") // nobody is told
-	for _, c := range caches {
-		eventually(t, "back to normal", func() bool {
-			k, err := c.FindKey(t.Context(), secretNumber(1))
-			return err == nil && k.Name == "changed"
-		})
-	}
-	eventually(t, "the subscription is back", func() bool { return logged.FilterMessage("recovered").Len() == 2 })
-	if n := logged.FilterLevelExact(zap.ErrorLevel).Len(); n != 2 {
-		t.Errorf("logged %v", logged.All())
-	}
-}
-
 func TestClosedCacheLeavesNothingRunning(t *testing.T) {
 	server := startRedis(t)
 	running := goleak.IgnoreCurrent()
@@ -154,7 +106,7 @@ func TestClosedCacheLeavesNothingRunning(t *testing.T) {
 		if i == 2 {
 			server.kill() // it ends while the subscriber tries to come back, too
 		}
-		c := newKeyCache(newRedisKeys(client, "mesh", zap.NewNop()))
+		c := newKeyCache(newRedisKeys(client, "mesh", newBreaker("away", zap.NewNop()), zap.NewNop()), time.Minute)
 		c.open()
 		c.FindKey(t.Context(), secretNumber(1)) //nolint:errcheck // there may be no server
 		c.close()

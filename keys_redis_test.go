@@ -21,12 +21,12 @@ func (r *redisServer) keys(change ...func(*redis.Options)) *redisKeys {
 	}
 	client := redis.NewClient(options)
 	r.t.Cleanup(func() { client.Close() })
-	return newRedisKeys(client, "mesh", zap.NewNop())
+	return newRedisKeys(client, "mesh", newBreaker("away", zap.NewNop()), zap.NewNop())
 }
 
 // openCache runs a cache until the test ends.
 func openCache(t testing.TB, source keySource) *keyCache {
-	c := newKeyCache(source)
+	c := newKeyCache(source, time.Minute)
 	c.open()
 	t.Cleanup(c.close)
 	return c
@@ -53,7 +53,8 @@ func TestKeyIsReadAsItWasWritten(t *testing.T) {
 	if got, err := keys.LookUpKey(t.Context(), secretNumber(2)); got != nil || err != nil {
 		t.Errorf("%v, %v", got, err)
 	}
-	for _, bad := range []*Key{{}, {id: "a}b"}, {id: "a", RPM: -1}, {id: "a", Models: []string{"*a"}}, {id: "a", SpendPeriod: "year"}, {id: "a", SpendCap: -1}} {
+	for _, bad := range []*Key{{}, {id: "a}b"}, {id: "a", RPM: -1}, {id: "a", Models: []string{"*a"}}, {id: "a", SpendPeriod: "year"}, {id: "a", SpendCap: -1},
+		{id: "a", HardCap: true}, {id: "a", DefaultModel: "b", Models: []string{"a"}}} {
 		if err := keys.write(t.Context(), secretNumber(3), bad); err == nil {
 			t.Errorf("%+v was written", bad)
 		}
@@ -69,9 +70,13 @@ func TestKeyThatCannotBeUnderstoodIsRefusedAndLoggedOnce(t *testing.T) {
 		{"id", "a{b}", `key : id: "a{b}" is not up to 64`},
 		{"rpm", "many", `key team-a: rpm: "many" is not a number`},
 		{"rpm", "1.5", `key team-a: rpm: "1.5" is not`},
-		{"rpd", "-1", `key team-a: rpd: "-1" is not`},
+		{"rpm", "0", `key team-a: rpm: 0 would refuse every request`},
+		{"rpd", "-1", `key team-a: rpd: -1 is negative`},
+		{"spend_cap_usd", "-1", `key team-a: spend_cap_usd: "-1" is not a decimal`},
+		{"spend_cap_usd", "0.00", `key team-a: spend_cap_usd: 0 would refuse every request`},
 		{"spend_cap_usd", "1e3", `key team-a: spend_cap_usd: "1e3" is not a decimal`},
-		{"spend_period", "year", `key team-a: spend_period: spend period "year"`},
+		{"spend_period", "year", `key team-a: spend period "year" is none of`},
+		{"spend_cap_hard", "true", `key team-a: spend_cap_hard needs spend_cap_usd`},
 		{"spend_cap_hard", "very", `key team-a: spend_cap_hard: "very" is neither`},
 		{"models", "openai/*", `key team-a: models: not a JSON list`},
 		{"models", "[]", `key team-a: models: the list is empty`},

@@ -115,7 +115,7 @@ func TestChangeOfAKeyTakesEffectWithoutPubSub(t *testing.T) {
 	logs, logged := observer.New(zap.InfoLevel)
 	deaf := server.keys(func(o *redis.Options) { o.Username, o.Password = "deaf", "secret" })
 	deaf.logger = zap.New(logs)
-	c := newKeyCache(deaf)
+	c := newKeyCache(deaf, time.Minute)
 	c.knownFor, c.unknown.lifetime = 400*time.Millisecond, 200*time.Millisecond // a second of a test is too short for the real ones
 	c.open()
 	t.Cleanup(c.close)

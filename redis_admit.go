@@ -30,9 +30,9 @@ func (s *redisStore) Admit(ctx context.Context, a Admission) (Verdict, error) {
 	if err == nil && time.Since(began) > s.timeout {
 		err = context.DeadlineExceeded
 	}
-	s.breaker.note(a.KeyID, err)
+	s.breaker.noteTimed(a.KeyID, err)
 	if err != nil {
-		return s.admitUnanswered(a, err)
+		return s.admitUnanswered(a, unanswered(err))
 	}
 	verdict, err := s.readVerdict(reply, a)
 	if err != nil {
@@ -42,7 +42,7 @@ func (s *redisStore) Admit(ctx context.Context, a Admission) (Verdict, error) {
 }
 
 // errRedisDown is returned without asking.
-var errRedisDown = fmt.Errorf("redis cannot be reached")
+var errRedisDown = fmt.Errorf("%w: redis cannot be reached", errUnavailable)
 
 // admitWithout decides without Redis.
 func (s *redisStore) admitWithout(a Admission, cause error) (Verdict, error) {

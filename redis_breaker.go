@@ -1,6 +1,7 @@
 package mesh
 
 import (
+	"fmt"
 	"sync"
 	"sync/atomic"
 
@@ -17,10 +18,12 @@ type breaker struct {
 	isOpen   atomic.Bool
 	failures atomic.Int32 // in a row
 
+	opening atomic.Value // a chan struct{}, which is closed while the breaker is open
+
 	changed chan struct{} // it has opened
 
 	mu      sync.Mutex // for changes
-	suspect string     // a key id whose data could not be reached; empty where nothing could
+	suspect string     // the hash tag of data that could not be reached; empty where nothing could
 	trouble trouble
 	logger  *zap.Logger
 }
@@ -28,28 +31,52 @@ type breaker struct {
 // maxFailures is how many failures in a row open the breaker.
 const maxFailures = 3
 
+// newBreaker returns a closed breaker, whose message is for the log while it is open.
+func newBreaker(message string, logger *zap.Logger) *breaker {
+	b := &breaker{changed: make(chan struct{}, 1), trouble: trouble{message: message}, logger: logger}
+	b.opening.Store(make(chan struct{}))
+	return b
+}
+
 func (b *breaker) open() bool { return b.isOpen.Load() }
 
-// note takes in how a command about a key went.
-func (b *breaker) note(keyID string, err error) {
+// opened returns a channel that is closed as soon as the breaker is open.
+func (b *breaker) opened() <-chan struct{} { return b.opening.Load().(chan struct{}) }
+
+// noteTimed takes in how a command went that could take no longer than the timeout. Nothing but an answer to one of
+// these ends a row of failures.
+func (b *breaker) noteTimed(suspect string, err error) {
+	if err != nil && !isScriptFault(err) {
+		b.note(suspect, err)
+		return
+	}
+	if b.failures.Load() != 0 {
+		b.failures.Store(0)
+	}
+}
+
+// note takes in how a command went that no request waits for. Its answer says nothing, because it may have taken
+// longer than a request can wait.
+func (b *breaker) note(suspect string, err error) {
 	if err == nil || isScriptFault(err) {
-		if b.failures.Load() != 0 {
-			b.failures.Store(0)
-		}
 		return
 	}
 	if b.failures.Add(1) >= maxFailures && !b.open() {
-		b.trip(keyID, err)
+		b.trip(suspect, err)
 	}
 }
 
 // trip opens the breaker.
-func (b *breaker) trip(keyID string, err error) {
+func (b *breaker) trip(suspect string, err error) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	b.suspect = keyID
+	if b.open() {
+		return
+	}
+	b.suspect = suspect
 	b.trouble.note(b.logger, err)
 	b.isOpen.Store(true)
+	close(b.opening.Load().(chan struct{}))
 	select {
 	case b.changed <- struct{}{}:
 	default:
@@ -60,14 +87,27 @@ func (b *breaker) trip(keyID string, err error) {
 func (b *breaker) close() {
 	b.mu.Lock()
 	defer b.mu.Unlock()
+	if !b.open() {
+		return
+	}
 	b.failures.Store(0)
 	b.isOpen.Store(false)
+	b.opening.Store(make(chan struct{}))
 	b.trouble.note(b.logger, nil)
 }
 
-// suspected returns the key whose data is to be tried.
+// suspected returns the hash tag of the data that is to be tried.
 func (b *breaker) suspected() string {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	return b.suspect
+}
+
+// unanswered marks the error of a command that Redis did not answer, or not in time, as one that is to be expected of
+// a store.
+func unanswered(err error) error {
+	if isScriptFault(err) {
+		return err
+	}
+	return fmt.Errorf("%w: %w", errUnavailable, err)
 }

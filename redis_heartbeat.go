@@ -117,8 +117,11 @@ func (s *redisStore) tryRedis() {
 	ctx, cancel := context.WithTimeout(context.Background(), s.timeout)
 	defer cancel()
 	err := s.beat(ctx)
+	if err == nil {
+		err = ctx.Err() // it came too late
+	}
 	if !s.degraded() {
-		s.breaker.note("", err)
+		s.breaker.noteTimed("", err)
 		s.queue.call() // a broken connection may mean that something has to be sent again
 		return
 	}
@@ -137,7 +140,10 @@ func (s *redisStore) beat(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, s.timeout)
 	defer cancel()
 	_, err := s.beats.run(ctx, s, []string{s.shared("instance:" + s.instance)}, s.now().Unix(), int(lease.Seconds()))
-	if isNetwork(err) && !isTimeout(err) && !s.beats.noDigest.Load() {
+	if err == nil {
+		s.broke = 0
+	}
+	if isBroken(err) && !s.beats.noDigest.Load() {
 		// A proxy may close the connection on a command it does not know.
 		if whole := s.beats.script.Eval(ctx, s.client, []string{s.shared("instance:" + s.instance)}, s.now().Unix(), int(lease.Seconds())).Err(); whole == nil {
 			s.preferWhole(err)

@@ -14,6 +14,7 @@ import (
 	"time"
 
 	"github.com/caddyserver/caddy/v2"
+	"github.com/redis/go-redis/v9"
 	"go.uber.org/zap"
 	"go.uber.org/zap/zapcore"
 	"go.uber.org/zap/zaptest/observer"
@@ -349,26 +350,118 @@ func TestScriptCacheMayBeFlushedAtAnyTime(t *testing.T) {
 }
 
 func TestBreakerOpensAfterFailuresInARowOnly(t *testing.T) {
-	b := breaker{changed: make(chan struct{}, 1), logger: zap.NewNop()}
+	b := newBreaker("away", zap.NewNop())
 	failure := errors.New("connection reset")
 	for range 10 {
 		for range maxFailures - 1 {
-			b.note("key", failure)
+			b.noteTimed("key", failure)
 		}
-		b.note("key", nil)
+		b.noteTimed("key", nil)
 	}
 	if b.open() {
 		t.Fatal("opened, though there was always an answer in between")
 	}
 	for range maxFailures {
-		b.note("key", failure)
+		b.noteTimed("key", failure)
+		b.note("other", nil) // nobody waited for it, so it may have come too late
 	}
-	b.note("other", nil) // of a request that was under way
+	b.noteTimed("other", nil) // of a request that was under way
 	if !b.open() || b.suspected() != "key" {
 		t.Fatalf("open: %t, suspects %q", b.open(), b.suspected())
 	}
+	select {
+	case <-b.opened():
+	default:
+		t.Error("those who wait are not told")
+	}
 	b.close()
+	select {
+	case <-b.opened():
+		t.Error("those who come are told that it is open")
+	default:
+	}
 	if b.open() || b.failures.Load() != 0 {
 		t.Error("did not close")
+	}
+}
+
+// TestRedisSlowerThanTheTimeoutOpensTheBreaker sends one request after another, and has each settled before the next:
+// settlements may take longer than requests, so that they go through.
+func TestRedisSlowerThanTheTimeoutOpensTheBreaker(t *testing.T) {
+	relay := startRelay(t, startRedis(t).address)
+	module := redisModule(t, relay.address())
+	module.Timeout = caddy.Duration(200 * time.Millisecond)
+	s := openRedis(t, module)
+	eventually(t, "Redis is there", func() bool { return !s.degraded() })
+	commands := countCommands(s, nil)
+	relay.delay.Store(int64(500 * time.Millisecond))
+	for i := range 20 {
+		admission := Admission{KeyID: "key", RequestID: newRequestID()}
+		if _, err := s.Admit(t.Context(), admission); err != nil {
+			t.Fatal(err)
+		}
+		if n := commands.of("evalsha " + s.admits.script.Hash()); n > maxFailures {
+			t.Fatalf("request %d was the %dth to wait", i+1, n)
+		}
+		s.Settle(Event{RequestID: admission.RequestID, KeyID: "key"})
+		eventually(t, "it is settled, or in the journal", func() bool {
+			s.queue.mu.Lock()
+			defer s.queue.mu.Unlock()
+			return len(s.queue.waiting) == 0 && !s.writing.Load()
+		})
+	}
+	if !s.degraded() {
+		t.Error("the breaker is not open")
+	}
+	relay.delay.Store(0)
+	settledAll(t, s)
+}
+
+// TestLackOfConnectionsIsLatenessAndNoFaultOfDigests has the heart get no connection where it sends a digest.
+func TestLackOfConnectionsIsLatenessAndNoFaultOfDigests(t *testing.T) {
+	s := openRedis(t, redisModule(t, startRedis(t).address))
+	countCommands(s, func(name string) error {
+		if strings.HasPrefix(name, "evalsha") {
+			return redis.ErrPoolTimeout
+		}
+		return nil
+	})
+	for range 2 * maxFailures {
+		if err := s.beat(t.Context()); !errors.Is(err, redis.ErrPoolTimeout) {
+			t.Errorf("the heart beats: %v", err)
+		}
+	}
+	if s.admits.noDigest.Load() || s.beats.noDigest.Load() {
+		t.Error("took a lack of connections for a proxy that breaks them")
+	}
+	for range maxFailures {
+		if _, err := s.Admit(t.Context(), Admission{KeyID: "key"}); err != nil {
+			t.Error(err)
+		}
+	}
+	if !s.degraded() {
+		t.Error("requests go on waiting for connections")
+	}
+}
+
+func TestDigestsThatBreakAConnectionNowAndThenAreSentOn(t *testing.T) {
+	s := openRedis(t, redisModule(t, startRedis(t).address))
+	var broken atomic.Bool
+	countCommands(s, func(name string) error {
+		if strings.HasPrefix(name, "evalsha") && broken.Load() {
+			return io.EOF
+		}
+		return nil
+	})
+	for range 3 * maxFailures {
+		for _, now := range []bool{true, false} {
+			broken.Store(now)
+			if err := s.beat(t.Context()); err != nil {
+				t.Error(err)
+			}
+		}
+	}
+	if s.beats.noDigest.Load() {
+		t.Error("sends whole scripts")
 	}
 }

@@ -93,14 +93,18 @@ func isNetwork(err error) bool {
 	return !errors.As(err, &reply)
 }
 
-// isTimeout reports whether an answer did not come in time.
+// isTimeout reports whether an answer did not come in time. That no connection became free in time is the same: those
+// there are have been busy for that long, and whether Redis is slow or this process is, who waits on only adds to it.
 func isTimeout(err error) bool {
-	if errors.Is(err, context.DeadlineExceeded) {
+	if errors.Is(err, context.DeadlineExceeded) || errors.Is(err, redis.ErrPoolTimeout) {
 		return true
 	}
 	timeout, ok := errors.AsType[net.Error](err)
 	return ok && timeout.Timeout()
 }
+
+// isBroken reports whether a connection ended in place of an answer.
+func isBroken(err error) bool { return isNetwork(err) && !isTimeout(err) }
 
 // isScriptFault reports whether a script broke off because of what it found, as it will again: most likely data that
 // is not the gateway's.

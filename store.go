@@ -3,10 +3,13 @@ package mesh
 import (
 	"context"
 	"crypto/sha256"
+	"errors"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/caddyserver/caddy/v2"
+	"go.uber.org/zap"
 )
 
 // StoreModule is a guest module in the namespace mesh.stores. It is only the description of a store: opening it is
@@ -44,6 +47,10 @@ type KeyStore interface {
 	// that it cannot be said at present whether there is such a key. The key must not be changed any more.
 	FindKey(ctx context.Context, secret [sha256.Size]byte) (*Key, error)
 }
+
+// errUnavailable is in errors of a store that is away, slow or busy. That is to be expected now and then, and the store
+// says itself in the log when it begins and ends. Any other error is a fault.
+var errUnavailable = errors.New("the store cannot be asked at present")
 
 // Admission asks for one request to be let through.
 type Admission struct {
@@ -146,6 +153,7 @@ var stores = caddy.NewUsagePool()
 // still run.
 type storeRef struct {
 	module StoreModule
+	faults storeFaults
 
 	mu      sync.Mutex
 	store   Store
@@ -215,4 +223,18 @@ func (s *storeRef) release() error {
 	}
 	_, err := stores.Delete(s.module.StoreKey())
 	return err
+}
+
+// storeFaults are errors of the store that no outage explains, such as that it cannot be opened. What is wrong for one
+// request is likely to be wrong for many, and not for all: so it is not known when it ends, and one in a minute is logged.
+type storeFaults struct {
+	last atomic.Int64 // when one was logged, in Unix nanoseconds
+}
+
+func (f *storeFaults) note(logger *zap.Logger, requestID string, err error) {
+	now, last := time.Now().UnixNano(), f.last.Load()
+	if now-last < int64(time.Minute) || !f.last.CompareAndSwap(last, now) {
+		return
+	}
+	logger.Error("the store fails", zap.String("request_id", requestID), zap.Error(err))
 }

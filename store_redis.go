@@ -303,14 +303,14 @@ type redisStore struct {
 	now      func() time.Time
 	logger   *zap.Logger
 
-	breaker  breaker
+	breaker  *breaker
 	accounts redisAccounts
 	queue    settlements
 	journal  *redisJournal
 	keys     *keyCache
 	settled  recentlySettled
 	writing  atomic.Bool // the writer has something in hand
-	broke    int         // how often a digest broke the connection and a whole script did not; is the heart's
+	broke    int         // how often in a row a digest broke the connection and a whole script did not; is the heart's
 
 	stop    chan struct{}
 	written chan struct{} // the writer has ended
@@ -341,13 +341,12 @@ func newRedisStore(options redis.UniversalOptions, config redisConfig) *redisSto
 		beaten:  make(chan struct{}),
 		reaped:  make(chan struct{}),
 	}
-	keys := newRedisKeys(s.client, s.prefix, logger)
+	s.breaker = newBreaker(s.failureMode(), logger)
+	keys := newRedisKeys(s.client, s.prefix, s.breaker, logger)
 	keys.degrade = !config.refuse
-	s.keys = newKeyCache(keys)
+	s.keys = newKeyCache(keys, s.timeout)
 	s.accounts.unregistered = make(chan struct{}, 1)
 	s.queue.wake = make(chan struct{}, 1)
-	s.breaker.trouble.message = s.failureMode()
-	s.breaker.changed = make(chan struct{}, 1)
 	return s
 }
 

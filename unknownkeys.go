@@ -5,7 +5,7 @@ import "time"
 const (
 	unknownFor  = 5 * time.Second // a new key is refused for this time at most, where nothing announces it
 	maxUnknown  = 20_000          // digests; under 2 MB
-	firstTurns  = 16              // first lookups at a time
+	firstTurns  = 6               // first lookups at a time
 	firstRate   = 1000            // first lookups in a second: under a hundredth of what a Redis can do
 	firstBurst  = 1000            // first lookups at once after a pause, for instance at a start
 	maxDelay    = 250 * time.Millisecond
@@ -21,14 +21,16 @@ type unknownKeys struct {
 	lifetime time.Duration
 	turns    chan struct{} // for first lookups
 	pace     pace
+	maxDelay time.Duration // until a first lookup may begin
 }
 
-func newUnknownKeys() unknownKeys {
+func newUnknownKeys(maxDelay time.Duration) unknownKeys {
 	return unknownKeys{
 		recent:   make(map[digest]struct{}),
 		older:    make(map[digest]struct{}),
 		lifetime: unknownFor,
 		turns:    make(chan struct{}, firstTurns),
+		maxDelay: maxDelay,
 	}
 }
 
@@ -77,18 +79,23 @@ func (u *unknownKeys) age() {
 	clear(u.recent)
 }
 
+// reserve returns how long a first lookup has to wait. It refuses one that would wait too long.
+func (u *unknownKeys) reserve(now time.Time) (delay time.Duration, ok bool) {
+	return u.pace.reserve(now, u.maxDelay)
+}
+
 // pace gives out places in a row, firstRate in a second. A short wait slows those down who send one request after
 // another, and lets everybody through as long as they are few.
 type pace struct{ next time.Time }
 
-// reserve returns how long to wait for the next place. It refuses if that is longer than maxDelay.
-func (p *pace) reserve(now time.Time) (delay time.Duration, ok bool) {
+// reserve returns how long to wait for the next place. It refuses if that is longer than most.
+func (p *pace) reserve(now time.Time, most time.Duration) (delay time.Duration, ok bool) {
 	place := p.next
 	if earliest := now.Add(-firstBurst * firstPeriod); place.Before(earliest) {
 		place = earliest
 	}
 	delay = max(0, place.Sub(now))
-	if delay > maxDelay {
+	if delay > most {
 		return 0, false
 	}
 	p.next = place.Add(firstPeriod)
