@@ -1,13 +1,16 @@
 package mesh
 
 import (
+	"errors"
 	"net/http"
+	"net/http/httptest"
 	"path/filepath"
 	"strings"
 	"testing"
 	"time"
 
 	"go.uber.org/zap"
+	"go.uber.org/zap/zaptest/observer"
 )
 
 // keyedSite is a site whose store has keys.
@@ -135,5 +138,31 @@ func TestStoreWithoutKeysIsNotOpenedForOne(t *testing.T) {
 	ref.module = nil // whoever opens it now panics
 	if k, err := h.findKey(t.Context(), digest{}); k != nil || err != nil {
 		t.Errorf("%v, %v", k, err)
+	}
+}
+
+// unopenable is a store that cannot be opened.
+type unopenable struct{}
+
+func (unopenable) StoreKey() string { return "unopenable" }
+
+func (unopenable) OpenStore() (Store, error) { return nil, errors.New("the disk is on fire") }
+
+func TestStoreThatCannotBeOpenedIsLoggedAndNotForEachRequest(t *testing.T) {
+	logs, logged := observer.New(zap.DebugLevel)
+	h := &Handler{store: &storeRef{module: unopenable{}}, logger: zap.New(logs)}
+	for range 20 {
+		r := httptest.NewRequest(http.MethodPost, chatPath, strings.NewReader(chatBody))
+		r.Header.Set("Authorization", "Bearer "+testKey)
+		w := httptest.NewRecorder()
+		if err := h.ServeHTTP(w, r, nil); err != nil || w.Code != http.StatusServiceUnavailable || strings.Contains(w.Body.String(), "fire") {
+			t.Fatalf("%v, %d %s", err, w.Code, w.Body)
+		}
+	}
+	if entries := logged.FilterLevelExact(zap.ErrorLevel).All(); len(entries) != 1 || entries[0].ContextMap()["error"] != "the disk is on fire" {
+		t.Errorf("logged %v", entries)
+	}
+	if n := logged.FilterMessage("request refused").Len(); n != 20 {
+		t.Errorf("the debug log has %d of 20 requests", n)
 	}
 }

@@ -6,6 +6,9 @@ import (
 	"fmt"
 	"io"
 	"net"
+	"os"
+	"path/filepath"
+	"regexp"
 	"strconv"
 	"strings"
 	"sync"
@@ -142,15 +145,39 @@ func TestRefusedForAnOutageIsNoLimitAndQuick(t *testing.T) {
 	}
 }
 
-func TestOutageIsA503ToTheClient(t *testing.T) {
+func TestOutageIsA503ToTheClientAndOneLineInTheLog(t *testing.T) {
 	up := startUpstream(t, answers(200, "application/json", completion))
 	site := strings.Replace(site(""), "store local $DIR/mesh.db",
-		"store redis "+freeAddress(t)+" {\n\t\tjournal $DIR/journal.db\n\t\ton_failure refuse\n\t}", 1)
-	r := startGateway(t, up.address(), site).post(chatBody)
-	if r.StatusCode != 503 || r.errorCode(t) != "store_unavailable" {
-		t.Errorf("%s %s", r.Status, r.body)
+		"store redis "+freeAddress(t)+" {\n\t\ttimeout 5s\n\t\tjournal $DIR/journal.db\n\t\ton_failure refuse\n\t}", 1)
+	g := startGateway(t, up.address(), site)
+	for range 20 {
+		for _, key := range []string{testKey, otherKey} {
+			r := g.post(chatBody, "Authorization", "Bearer "+key)
+			if r.StatusCode != 503 || r.errorCode(t) != "store_unavailable" || r.Header.Get("Retry-After") != "1" {
+				t.Fatalf("%s %s", r.Status, r.body)
+			}
+		}
 	}
-	r = startGateway(t, up.address(), strings.Replace(site, "on_failure refuse", "", 1)).post(chatBody)
+	log, err := os.ReadFile(filepath.Join(g.dir, "caddy.log"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	lines := regexp.MustCompile(`(?m)^.*"level":"error".*"logger":"(mesh|http\.handlers\.mesh).*$`).FindAllString(string(log), -1)
+	var outage int
+	for _, line := range lines {
+		if strings.Contains(line, "refusing requests") {
+			outage++
+		} else if !strings.Contains(line, "changes to keys are not heard of") {
+			t.Errorf("logged: %s", line)
+		}
+	}
+	if outage != 1 {
+		t.Errorf("the outage is in the log %d times", outage)
+	}
+	if n := strings.Count(string(log), `"request refused"`); n < 40 {
+		t.Errorf("the debug log has %d of 40 requests", n)
+	}
+	r := startGateway(t, up.address(), strings.Replace(site, "on_failure refuse", "", 1)).post(chatBody)
 	if r.StatusCode != 200 {
 		t.Errorf("%s %s", r.Status, r.body)
 	}
@@ -388,13 +415,20 @@ func TestBreakerOpensAfterFailuresInARowOnly(t *testing.T) {
 // TestRedisSlowerThanTheTimeoutOpensTheBreaker sends one request after another, and has each settled before the next:
 // settlements may take longer than requests, so that they go through.
 func TestRedisSlowerThanTheTimeoutOpensTheBreaker(t *testing.T) {
-	relay := startRelay(t, startRedis(t).address)
+	server := startRedis(t)
+	relay := startRelay(t, server.address)
 	module := redisModule(t, relay.address())
-	module.Timeout = caddy.Duration(200 * time.Millisecond)
+	module.Timeout = caddy.Duration(100 * time.Millisecond)
 	s := openRedis(t, module)
-	eventually(t, "Redis is there", func() bool { return !s.degraded() })
+	eventually(t, "Redis knows the scripts", func() bool {
+		id := newRequestID()
+		s.Admit(t.Context(), Admission{KeyID: "key", RequestID: id})
+		s.Settle(Event{RequestID: id, KeyID: "key"})
+		settledAll(t, s)
+		return server.client().XLen(t.Context(), "mesh:{key}:ledger").Val() > 1
+	})
 	commands := countCommands(s, nil)
-	relay.delay.Store(int64(500 * time.Millisecond))
+	relay.delay.Store(int64(250 * time.Millisecond))
 	for i := range 20 {
 		admission := Admission{KeyID: "key", RequestID: newRequestID()}
 		if _, err := s.Admit(t.Context(), admission); err != nil {
