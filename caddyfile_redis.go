@@ -9,38 +9,42 @@ import (
 // UnmarshalCaddyfile sets up the store from Caddyfile tokens. Syntax:
 //
 //	store redis [<addresses...>] {
-//		address         <addresses...>
-//		master_name     <name>
-//		username        <name>
-//		password        <password>
-//		db              <number>
+//		address           <addresses...>
+//		master_name       <name>
+//		username          <name>
+//		password          <password>
+//		sentinel_username <name>
+//		sentinel_password <password>
+//		db                <number>
 //		tls
-//		tls_server_name <name>
-//		tls_ca          <file>
-//		key_prefix      <prefix>
-//		timeout         <duration>
-//		on_failure      degrade|refuse
-//		journal         <file>
-//		max_events      <number>
+//		tls_server_name   <name>
+//		tls_ca            <file>
+//		key_prefix        <prefix>
+//		timeout           <duration>
+//		on_failure        degrade|refuse
+//		journal           <file>
+//		max_events        <number>
 //	}
 func (r *RedisStore) UnmarshalCaddyfile(d *caddyfile.Dispenser) error {
 	p := &blockParser{Dispenser: d}
 	p.Next() // the store's name
 	r.Addresses = p.RemainingArgs()
 	err := p.block(words{
-		"address":         {parse: func() error { return p.addresses(r) }},
-		"master_name":     {parse: func() error { return p.text(&r.MasterName) }},
-		"username":        {parse: func() error { return p.text(&r.Username) }},
-		"password":        {parse: func() error { return p.text(&r.Password) }},
-		"db":              {parse: func() error { return p.db(r) }},
-		"tls":             {parse: func() error { return p.flag(&r.TLS) }},
-		"tls_server_name": {parse: func() error { return p.text(&r.TLSServerName) }},
-		"tls_ca":          {parse: func() error { return p.text(&r.TLSCA) }},
-		"key_prefix":      {parse: func() error { return p.text(&r.KeyPrefix) }},
-		"timeout":         {parse: func() error { return p.duration(&r.Timeout) }},
-		"on_failure":      {parse: func() error { return p.onFailure(r) }},
-		"journal":         {parse: func() error { return p.text(&r.Journal) }},
-		"max_events":      {parse: func() error { return p.number(&r.MaxEvents) }},
+		"address":           {parse: func() error { return p.addresses(r) }},
+		"master_name":       {parse: func() error { return p.text(&r.MasterName) }},
+		"username":          {parse: func() error { return p.text(&r.Username) }},
+		"password":          {parse: func() error { return p.text(&r.Password) }},
+		"sentinel_username": {parse: func() error { return p.text(&r.SentinelUsername) }},
+		"sentinel_password": {parse: func() error { return p.text(&r.SentinelPassword) }},
+		"db":                {parse: func() error { return p.db(r) }},
+		"tls":               {parse: func() error { return p.flag(&r.TLS) }},
+		"tls_server_name":   {parse: func() error { return p.text(&r.TLSServerName) }},
+		"tls_ca":            {parse: func() error { return p.text(&r.TLSCA) }},
+		"key_prefix":        {parse: func() error { return p.text(&r.KeyPrefix) }},
+		"timeout":           {parse: func() error { return p.duration(&r.Timeout) }},
+		"on_failure":        {parse: func() error { return p.onFailure(r) }},
+		"journal":           {parse: func() error { return p.text(&r.Journal) }},
+		"max_events":        {parse: func() error { return p.number(&r.MaxEvents) }},
 	})
 	if err != nil {
 		return err

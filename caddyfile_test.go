@@ -54,6 +54,7 @@ func goldenFiles(t *testing.T, folder string) []string {
 func TestCaddyfileAdaptsTo(t *testing.T) {
 	t.Setenv("TEAM_A_KEY", testKey[:len(testKey)-1]+"0")
 	t.Setenv("OPENAI_API_KEY", "sk-test")
+	t.Setenv("SENTINEL_PASSWORD", "secret")
 	for _, path := range goldenFiles(t, "caddyfile") {
 		t.Run(filepath.Base(path), func(t *testing.T) {
 			caddyfile, want := readGolden(t, path)

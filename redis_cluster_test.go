@@ -169,28 +169,35 @@ func TestClusterNodeThatIsKilledLosesAndDoublesNothing(t *testing.T) {
 	}
 }
 
+// startSentinel runs a Sentinel that watches a master, and of which a number have to agree. Options are lines of its
+// configuration.
+func startSentinel(t testing.TB, master *redisServer, quorum int, options ...string) (address string) {
+	t.Helper()
+	_, masterPort, _ := net.SplitHostPort(master.address)
+	address = freeAddress(t)
+	_, port, _ := net.SplitHostPort(address)
+	config := filepath.Join(t.TempDir(), "sentinel.conf")
+	text := "bind 127.0.0.1\nport " + port + "\nsentinel monitor main 127.0.0.1 " + masterPort + " " + strconv.Itoa(quorum) + "\n" +
+		"sentinel down-after-milliseconds main 1000\nsentinel failover-timeout main 10000\n" + strings.Join(options, "\n") + "\n"
+	if err := os.WriteFile(config, []byte(text), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	cmd := exec.Command(redisBinary(t), config, "--sentinel")
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		cmd.Process.Kill() //nolint:errcheck // it may have ended
+		cmd.Wait()         //nolint:errcheck // a killed process has no other way to end
+	})
+	return address
+}
+
 // startSentinels runs three Sentinels that watch a master.
 func startSentinels(t testing.TB, master *redisServer) (list []string) {
 	t.Helper()
-	_, masterPort, _ := net.SplitHostPort(master.address)
 	for range 3 {
-		address := freeAddress(t)
-		_, port, _ := net.SplitHostPort(address)
-		config := filepath.Join(t.TempDir(), "sentinel.conf")
-		text := "bind 127.0.0.1\nport " + port + "\nsentinel monitor main 127.0.0.1 " + masterPort + " 2\n" +
-			"sentinel down-after-milliseconds main 1000\nsentinel failover-timeout main 10000\n"
-		if err := os.WriteFile(config, []byte(text), 0o600); err != nil {
-			t.Fatal(err)
-		}
-		cmd := exec.Command(redisBinary(t), config, "--sentinel")
-		if err := cmd.Start(); err != nil {
-			t.Fatal(err)
-		}
-		t.Cleanup(func() {
-			cmd.Process.Kill() //nolint:errcheck // it may have ended
-			cmd.Wait()         //nolint:errcheck // a killed process has no other way to end
-		})
-		list = append(list, address)
+		list = append(list, startSentinel(t, master, 2))
 	}
 	for _, address := range list {
 		c := redis.NewSentinelClient(&redis.Options{Addr: address, DisableIdentity: true, Protocol: 2})
@@ -201,6 +208,33 @@ func startSentinels(t testing.TB, master *redisServer) (list []string) {
 		c.Close()
 	}
 	return list
+}
+
+func TestSentinelsMayHaveCredentialsOfTheirOwn(t *testing.T) {
+	master := startRedis(t, "--user", "app", "on", ">hunter2", "~*", "+@all", "&*")
+	sentinel := startSentinel(t, master, 1, "user default off", "user watcher on >hunter3 allchannels +@all",
+		"sentinel auth-user main app", "sentinel auth-pass main hunter2")
+	c := redis.NewSentinelClient(&redis.Options{Addr: sentinel, Username: "watcher", Password: "hunter3", DisableIdentity: true, Protocol: 2})
+	defer c.Close()
+	eventually(t, "the Sentinel answers", func() bool { return c.Ping(t.Context()).Err() == nil })
+	t.Setenv("MESH_TEST_PASSWORD", "hunter3")
+	module := redisModule(t, sentinel)
+	module.MasterName, module.Username, module.Password = "main", "app", "hunter2"
+	module.SentinelUsername, module.SentinelPassword = "watcher", "{env.MESH_TEST_PASSWORD}"
+	s := openRedis(t, module)
+	admitRedis(t, s, Admission{KeyID: "key", RequestID: newRequestID()})
+
+	for _, password := range []string{"hunter2", ""} {
+		wrong := *module
+		wrong.SentinelPassword, wrong.Journal = password, filepath.Join(t.TempDir(), "journal.db")
+		if password == "" {
+			wrong.SentinelUsername = ""
+		}
+		_, err := provisioned(t, &wrong).OpenStore()
+		if err == nil || strings.Contains(err.Error(), "hunter") || !isRefusedCredentials(err) {
+			t.Errorf("with the password %q: %v", password, err)
+		}
+	}
 }
 
 func TestSentinelFailoverLosesAndDoublesNothing(t *testing.T) {

@@ -49,6 +49,13 @@ type RedisStore struct {
 	// The password. May be a placeholder, such as `{env.REDIS_PASSWORD}`, and had better be one.
 	Password string `json:"password,omitempty"`
 
+	// The ACL user of the Sentinels, where they have one of their own: they know nothing of the server's users. May be a
+	// placeholder.
+	SentinelUsername string `json:"sentinel_username,omitempty"`
+
+	// The password of the Sentinels. May be a placeholder. Default: none, whatever the server's password is.
+	SentinelPassword string `json:"sentinel_password,omitempty"`
+
 	// The number of the database. A Cluster has only 0. Default: 0.
 	DB int `json:"db,omitempty"`
 
@@ -142,13 +149,18 @@ func (r *RedisStore) Provision(caddy.Context) error {
 		}
 		o.Addrs = append(o.Addrs, r.withPort(strings.TrimPrefix(resolved, "unix/")))
 	}
-	for name, value := range map[string]struct{ from, to *string }{
-		"username": {&r.Username, &o.Username},
-		"password": {&r.Password, &o.Password},
+	for _, secret := range []struct {
+		name, from string
+		to         *string
+	}{
+		{"username", r.Username, &o.Username},
+		{"password", r.Password, &o.Password},
+		{"sentinel_username", r.SentinelUsername, &o.SentinelUsername},
+		{"sentinel_password", r.SentinelPassword, &o.SentinelPassword},
 	} {
 		var err error
-		if *value.to, err = repl.ReplaceOrErr(*value.from, true, true); err != nil {
-			return fmt.Errorf("%s: %w", name, err)
+		if *secret.to, err = repl.ReplaceOrErr(secret.from, true, true); err != nil {
+			return fmt.Errorf("%s: %w", secret.name, err)
 		}
 	}
 	if err := r.provisionTLS(&o); err != nil {
@@ -209,6 +221,10 @@ func (r *RedisStore) check() error {
 		return fmt.Errorf("max_events is %d, but cannot be negative", r.MaxEvents)
 	case strings.ContainsAny(r.KeyPrefix, "{}"):
 		return fmt.Errorf("key_prefix: %q has a brace in it, which would say where in a Cluster a key belongs", r.KeyPrefix)
+	case r.MasterName == "" && (r.SentinelUsername != "" || r.SentinelPassword != ""):
+		return errors.New("sentinel_username and sentinel_password need master_name")
+	case r.SentinelUsername != "" && r.SentinelPassword == "":
+		return errors.New("sentinel_username needs sentinel_password beside it")
 	case !r.TLS && (r.TLSServerName != "" || r.TLSCA != ""):
 		return errors.New("tls_server_name and tls_ca need tls")
 	}
@@ -269,7 +285,8 @@ func (r *RedisStore) journalPath(repl *caddy.Replacer) (string, error) {
 func (r *RedisStore) storeKey() string {
 	options, _ := json.Marshal(r) // strings and numbers: cannot fail
 	return "redis:" + strings.Join(r.options.Addrs, ",") + "/" + fmt.Sprint(r.options.DB) + "/" + r.config.prefix + ":" +
-		digestText(string(options), r.options.Username, r.options.Password, r.config.journal)
+		digestText(string(options), r.options.Username, r.options.Password, r.options.SentinelUsername, r.options.SentinelPassword,
+			r.config.journal)
 }
 
 func digestText(parts ...string) string {

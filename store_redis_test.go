@@ -52,6 +52,14 @@ func TestRedisStoreKeyHidesThePasswordAndTellsStoresApart(t *testing.T) {
 		"failure":  func(r *RedisStore) { r.OnFailure = "refuse" },
 		"timeout":  func(r *RedisStore) { r.Timeout = 5 },
 		"tls":      func(r *RedisStore) { r.TLS = true },
+		"sentinel": func(r *RedisStore) { r.MasterName, r.SentinelPassword = "main", "{env.MESH_TEST_PASSWORD}" },
+		"sentinel password": func(r *RedisStore) {
+			r.MasterName, r.SentinelPassword, r.Password = "main", "{env.MESH_TEST_PASSWORD}", "same"
+			os.Setenv("MESH_TEST_PASSWORD", "hunter3")
+		},
+		"sentinel's other password": func(r *RedisStore) {
+			r.MasterName, r.SentinelPassword, r.Password = "main", "{env.MESH_TEST_PASSWORD}", "same"
+		},
 	} {
 		t.Setenv("MESH_TEST_PASSWORD", "hunter2")
 		key := make(change)
@@ -87,6 +95,9 @@ func TestRedisStoreIsProvisionedWithDefaultsAndWithoutRedis(t *testing.T) {
 		{Addresses: []string{"a"}, Timeout: -1},
 		{Addresses: []string{"a"}, MaxEvents: -1},
 		{Addresses: []string{"a"}, TLSServerName: "b"},
+		{Addresses: []string{"a"}, SentinelPassword: "b"},
+		{Addresses: []string{"a"}, MasterName: "m", SentinelUsername: "b"},
+		{Addresses: []string{"a"}, MasterName: "m", SentinelPassword: "{env.MESH_TEST_NOT_THERE}"},
 		{Addresses: []string{"a"}, TLS: true, TLSCA: "/not/there"},
 	} {
 		if err := wrong.Provision(ctx); err == nil {
@@ -105,6 +116,8 @@ func TestRedisStoreFromACaddyfile(t *testing.T) {
 		master_name mymaster
 		username app
 		password {env.REDIS_PASSWORD}
+		sentinel_username watcher
+		sentinel_password {env.SENTINEL_PASSWORD}
 		db 2
 		tls
 		tls_server_name redis.internal
@@ -120,7 +133,7 @@ func TestRedisStoreFromACaddyfile(t *testing.T) {
 	}
 	got, _ := json.Marshal(r)
 	const want = `{"address":["10.0.0.1:6379","10.0.0.2:6379"],"master_name":"mymaster","username":"app",` +
-		`"password":"{env.REDIS_PASSWORD}","db":2,"tls":true,"tls_server_name":"redis.internal","tls_ca":"ca.pem",` +
+		`"password":"{env.REDIS_PASSWORD}","sentinel_username":"watcher","sentinel_password":"{env.SENTINEL_PASSWORD}","db":2,"tls":true,"tls_server_name":"redis.internal","tls_ca":"ca.pem",` +
 		`"key_prefix":"other","timeout":50000000,"on_failure":"refuse","journal":"journal.db","max_events":500}`
 	if string(got) != want {
 		t.Errorf("got  %s\nwant %s", got, want)
@@ -130,7 +143,7 @@ func TestRedisStoreFromACaddyfile(t *testing.T) {
 	}
 	for _, wrong := range []string{
 		"redis", "redis a {\n address b\n}", "redis a {\n db x\n}", "redis a {\n db -1\n}", "redis a {\n tls yes\n}",
-		"redis a {\n on_failure panic\n}", "redis a {\n timeout 0\n}", "redis a {\n nonsense\n}", "redis {\n address\n}",
+		"redis a {\n on_failure panic\n}", "redis a {\n timeout 0\n}", "redis a {\n nonsense\n}", "redis a {\n sentinel_password b\n}", "redis {\n address\n}",
 	} {
 		if _, err := parse(wrong); err == nil {
 			t.Errorf("%q was accepted", wrong)
