@@ -212,9 +212,9 @@ func startSentinels(t testing.TB, master *redisServer) (list []string) {
 
 func TestSentinelsMayHaveCredentialsOfTheirOwn(t *testing.T) {
 	master := startRedis(t, "--user", "app", "on", ">hunter2", "~*", "+@all", "&*")
-	sentinel := startSentinel(t, master, 1, "user default off", "user watcher on >hunter3 allchannels +@all",
+	sentinel := startSentinel(t, master, 1, "user default off", "user admin on >admin &* +@all", "user watcher on >hunter3 "+sentinelRights(t),
 		"sentinel auth-user main app", "sentinel auth-pass main hunter2")
-	c := redis.NewSentinelClient(&redis.Options{Addr: sentinel, Username: "watcher", Password: "hunter3", DisableIdentity: true, Protocol: 2})
+	c := redis.NewSentinelClient(&redis.Options{Addr: sentinel, Username: "admin", Password: "admin", DisableIdentity: true, Protocol: 2})
 	defer c.Close()
 	eventually(t, "the Sentinel answers", func() bool { return c.Ping(t.Context()).Err() == nil })
 	t.Setenv("MESH_TEST_PASSWORD", "hunter3")
@@ -223,6 +223,9 @@ func TestSentinelsMayHaveCredentialsOfTheirOwn(t *testing.T) {
 	module.SentinelUsername, module.SentinelPassword = "watcher", "{env.MESH_TEST_PASSWORD}"
 	s := openRedis(t, module)
 	admitRedis(t, s, Admission{KeyID: "key", RequestID: newRequestID()})
+	if denied := redis.NewSliceCmd(t.Context(), "acl", "log"); c.Process(t.Context(), denied) != nil || len(denied.Val()) > 0 {
+		t.Errorf("the Sentinel denied: %v, %v", denied.Val(), denied.Err())
+	}
 
 	for _, password := range []string{"hunter2", ""} {
 		wrong := *module
