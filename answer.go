@@ -80,6 +80,7 @@ func (a *answer) WriteHeader(status int) {
 		a.fault = errUnreadable
 	case isStream:
 		a.stream = newStream(a)
+		a.x.opened(a.by)
 		a.commit()
 		a.req.forget()
 	}
@@ -196,6 +197,7 @@ func (a *answer) finish() {
 		a.fault = errUnreadable
 		return
 	}
+	a.x.trace.read(body)
 	a.result.usage, a.result.known = said.usage, said.hasUsage
 	if !said.hasUsage {
 		readAnswer(body, &a.result.text) // there will be an estimate

@@ -42,14 +42,22 @@ type gateway struct {
 	url  string // without a path
 	dir  string
 	vars *strings.Replacer
+
+	options string // more global options
 }
 
 // startGateway runs a Caddy with one site, whose block it is given. $UPSTREAM stands for an upstream's address, $DIR
 // for a folder of the test's own.
 func startGateway(t testing.TB, upstream, site string) *gateway {
 	t.Helper()
+	return startGatewayWith(t, "", upstream, site)
+}
+
+// startGatewayWith is startGateway with more global options.
+func startGatewayWith(t testing.TB, options, upstream, site string) *gateway {
+	t.Helper()
 	address := freeAddress(t)
-	g := &gateway{t: t, url: "http://" + address, dir: t.TempDir()}
+	g := &gateway{t: t, url: "http://" + address, dir: t.TempDir(), options: options}
 	g.vars = strings.NewReplacer("$UPSTREAM", upstream, "$DIR", g.dir, "$ADDRESS", address)
 	g.load("http://$ADDRESS {\n" + site + "\n}\n")
 	t.Cleanup(func() {
@@ -63,8 +71,8 @@ func startGateway(t testing.TB, upstream, site string) *gateway {
 // load runs a whole Caddyfile, in place of the one before.
 func (g *gateway) load(sites string) {
 	g.t.Helper()
-	const global = "{\n\tadmin off\n\tpersist_config off\n\tauto_https off\n\tskip_install_trust\n\tstorage file_system $DIR/caddy\n" +
-		"\tlog {\n\t\toutput file $DIR/caddy.log\n\t\tlevel DEBUG\n\t}\n}\n"
+	global := "{\n\tadmin off\n\tpersist_config off\n\tauto_https off\n\tskip_install_trust\n\tstorage file_system $DIR/caddy\n" +
+		"\tlog {\n\t\toutput file $DIR/caddy.log\n\t\tlevel DEBUG\n\t}\n" + g.options + "\n}\n"
 	cfg := adaptCaddyfile(g.t, g.vars.Replace(global+sites))
 	if err := caddy.Load(cfg, true); err != nil {
 		g.t.Fatal(err)

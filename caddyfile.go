@@ -54,6 +54,12 @@ import (
 //		max_body_size <size>
 //		timeout       <duration>
 //		expose_upstream
+//		metrics {
+//			per_key
+//		}
+//		tracing {
+//			content
+//		}
 //	}
 //
 // Addresses are those of reverse_proxy, and may end in the path that stands before /chat/completions.
@@ -74,6 +80,8 @@ func parseCaddyfile(helper httpcaddyfile.Helper) (caddyhttp.MiddlewareHandler, e
 		"max_body_size":   {parse: func() error { return p.size(&h.MaxBodySize) }},
 		"timeout":         {parse: func() error { return p.duration(&h.Timeout) }},
 		"expose_upstream": {parse: func() error { return p.flag(&h.ExposeUpstream) }},
+		"metrics":         {parse: func() error { return p.metrics(h) }},
+		"tracing":         {parse: func() error { return p.tracing(h) }},
 	})
 	if err != nil {
 		return nil, err

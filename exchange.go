@@ -10,6 +10,7 @@ import (
 	"github.com/caddyserver/caddy/v2"
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
 	"github.com/oklog/ulid/v2"
+	"github.com/prometheus/client_golang/prometheus"
 	"go.uber.org/zap"
 	"go.uber.org/zap/zapcore"
 )
@@ -42,6 +43,10 @@ type exchange struct {
 	taken   bool // the body was read
 	key     *Key
 	event   Event // as far as it is known; the ledger gets it only if the request was admitted
+
+	series  *targetSeries    // the metrics of the last upstream that was asked
+	streams prometheus.Gauge // counts the stream as open, once it is
+	trace   *requestTrace
 }
 
 func (h *Handler) newExchange(w http.ResponseWriter, r *http.Request) *exchange {
@@ -77,6 +82,7 @@ func (x *exchange) meshClient() bool { return x.r.Header.Get("X-Meshapi-Sdk") !=
 
 // chat serves POST /v1/chat/completions.
 func (x *exchange) chat() *apiError {
+	x.traceChat()
 	if refusal := x.authenticate(); refusal != nil {
 		return refusal
 	}
@@ -95,6 +101,7 @@ func (x *exchange) chat() *apiError {
 	if refusal != nil {
 		return refusal
 	}
+	x.trace.request(req, &x.event, &candidates[0])
 	store, err := x.h.store.acquire()
 	if err != nil {
 		return x.storeFailed(err)

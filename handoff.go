@@ -50,13 +50,14 @@ func (x *exchange) handOff(req *chatRequest, candidates []candidate) *served {
 		a := x.try(req, c, deadline)
 		switch {
 		case a.committed:
-			return a.served()
+			return a.ended(a.served())
 		case x.r.Context().Err() != nil || a.clientGone:
-			return x.clientLeft(a)
+			return a.ended(x.clientLeft(a))
 		case a.timedOut:
-			return x.outOfTime(a, req.timeout != 0)
+			return a.ended(x.outOfTime(a, req.timeout != 0))
 		}
 		f := a.failure()
+		a.failed(f)
 		x.logFailure(c, f)
 		failures = append(failures, f)
 		if !f.retriable {
@@ -110,6 +111,7 @@ func (x *exchange) logFailure(c *candidate, f *failure) {
 func (x *exchange) try(req *chatRequest, c *candidate, deadline time.Time) *answer {
 	ctx, cancel := c.upstream.OnHangup.attempt(x.r.Context(), deadline)
 	defer cancel()
+	ctx = x.trace.beginAttempt(ctx, c)
 	x.event.Attempts++
 	for stale := 0; ; stale++ {
 		a := newAnswer(x, req, c)
@@ -139,6 +141,7 @@ func (a *answer) from(ctx context.Context) (err error) {
 		WroteHeaders: func() { a.reached.Store(true) },
 	})
 	out := a.by.upstream.outbound(ctx, a.x.r)
+	a.x.trace.propagate(ctx, out.Header)
 	parts, size := a.req.segments(a.by.as)
 	out.ContentLength = size
 	out.Header.Set("Content-Length", strconv.FormatInt(size, 10))

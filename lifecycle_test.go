@@ -102,6 +102,7 @@ func TestReloadsLeaveNothingBehind(t *testing.T) {
 	reloads(1, 10) // whatever is made once is made
 	goroutines, stacks := p.goroutines()
 	files := p.fds()
+	before := p.metrics()
 	reloads(11, 100)
 	const slack = 10 // connections that are about to be closed
 	settled := func() bool { n, _ := p.goroutines(); return n <= goroutines+slack && p.fds() <= files+slack }
@@ -113,6 +114,11 @@ func TestReloadsLeaveNothingBehind(t *testing.T) {
 	}
 	if metrics := p.adminGet("/metrics"); strings.Contains(metrics, "error gathering") {
 		t.Errorf("metrics: %s", metrics)
+	}
+	after := p.metrics()
+	const completed = `caddy_mesh_requests_total{model="test/*",outcome="completed",upstream="up"}`
+	if len(after) != len(before) || before[completed] != 10 || after[completed] != 110 {
+		t.Errorf("%d series with %v requests, then %d with %v", len(before), before[completed], len(after), after[completed])
 	}
 }
 

@@ -11,6 +11,7 @@ import (
 
 	"github.com/caddyserver/caddy/v2"
 	"github.com/caddyserver/caddy/v2/caddyconfig/httpcaddyfile"
+	"github.com/caddyserver/caddy/v2/modules/caddyevents"
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
 	"go.uber.org/zap"
 )
@@ -77,9 +78,16 @@ type Handler struct {
 	// Whether answers say in X-Mesh-Upstream which upstream served them. Default: false.
 	ExposeUpstream bool `json:"expose_upstream,omitempty"`
 
+	// What is counted beside the metrics that are always there.
+	Metrics *Metrics `json:"metrics,omitempty"`
+
+	// What the gateway adds to the spans of Caddy's `tracing`.
+	Tracing *Tracing `json:"tracing,omitempty"`
+
 	store  *storeRef
 	keys   keyring
 	models modelTable
+	asks   *storeSeries
 	logger *zap.Logger
 }
 
@@ -96,6 +104,9 @@ func (h *Handler) Provision(ctx caddy.Context) error {
 	h.logger = ctx.Logger()
 	if err := h.check(); err != nil {
 		return err
+	}
+	if err := collectors.register(ctx.GetMetricsRegistry()); err != nil {
+		return fmt.Errorf("registering metrics: %w", err)
 	}
 	if h.DefaultModel == "" {
 		h.DefaultModel = defaultModel
@@ -134,6 +145,7 @@ func (h *Handler) provisionStore(ctx caddy.Context) error {
 		return fmt.Errorf("loading store: %w", err)
 	}
 	h.store = &storeRef{module: module.(StoreModule)}
+	h.asks = collectors.ofStore(storeKind(h.store.module.StoreKey()))
 	app, err := ctx.App("mesh")
 	if err != nil {
 		return err
@@ -170,6 +182,9 @@ func (h *Handler) warnOfUnpriced() {
 
 // Cleanup gives back what this configuration holds. Requests that are still under way keep the store open.
 func (h *Handler) Cleanup() error {
+	for _, u := range h.Upstreams {
+		u.leaveHealth()
+	}
 	if h.store == nil {
 		return nil
 	}
@@ -271,6 +286,7 @@ func (h *Handler) ServeHTTP(w http.ResponseWriter, r *http.Request, next caddyht
 	}
 	x := h.newExchange(w, r)
 	defer x.log()
+	defer x.count()
 	if r.Method != method {
 		e := errorf(http.StatusMethodNotAllowed, "method_not_allowed", "This endpoint answers %s only.", method)
 		e.allow = method
@@ -284,9 +300,12 @@ func (h *Handler) ServeHTTP(w http.ResponseWriter, r *http.Request, next caddyht
 
 // App starts what the mesh handlers of a configuration need. It has no settings of its own and need not be
 // configured. It is there because a configuration is provisioned without being started when it is only validated,
-// and only an app is told of the start.
+// and only an app is told of the start. The gateway's events come from it.
 type App struct {
 	handlers []*Handler
+	events   *caddyevents.App
+	ctx      caddy.Context // events are emitted in it
+	logger   *zap.Logger
 }
 
 // CaddyModule returns the Caddy module information.
@@ -309,8 +328,11 @@ func (a *App) Start() error {
 	return nil
 }
 
-// Stop does nothing: each handler's Cleanup lets go of its store.
-func (a *App) Stop() error { return nil }
+// Stop ends the events of this configuration. Each handler's Cleanup lets go of its store.
+func (a *App) Stop() error {
+	notices.leave(a)
+	return nil
+}
 
 var (
 	_ caddy.Provisioner           = (*Handler)(nil)

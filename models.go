@@ -121,14 +121,16 @@ type modelTable struct {
 type modelEntry struct {
 	*Model
 	upstreams []*Upstream // one for each target
+	series    []targetSeries
 }
 
 func newModelTable(models []*Model, upstreams map[string]*Upstream) modelTable {
 	t := modelTable{exact: make(map[string]*modelEntry, len(models))}
 	for _, m := range models {
-		e := &modelEntry{Model: m}
-		for _, target := range m.Targets {
+		e := &modelEntry{Model: m, series: make([]targetSeries, len(m.Targets))}
+		for i, target := range m.Targets {
 			e.upstreams = append(e.upstreams, upstreams[target.Upstream])
+			e.series[i].model, e.series[i].upstream = m.Name, target.Upstream
 		}
 		if strings.HasSuffix(m.Name, "*") {
 			t.patterns = append(t.patterns, e)
@@ -164,13 +166,14 @@ type candidate struct {
 	upstream *Upstream
 	as       string // what the upstream calls the model
 	context  int64  // how many tokens prompt and answer may have together; 0: not known
+	series   *targetSeries
 }
 
 // candidates returns the ways to serve a model under a name, in order of preference.
 func (m *modelEntry) candidates(name string) []candidate {
 	list := make([]candidate, len(m.Targets))
 	for i, t := range m.Targets {
-		list[i] = candidate{model: name, price: m.Price, upstream: m.upstreams[i], as: t.nameThere(name), context: m.ContextLength}
+		list[i] = candidate{model: name, price: m.Price, upstream: m.upstreams[i], as: t.nameThere(name), context: m.ContextLength, series: &m.series[i]}
 	}
 	return list
 }

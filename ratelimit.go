@@ -14,7 +14,7 @@ func (x *exchange) admit(store Store, req *chatRequest, candidates []candidate) 
 	if limits.Hard && !bounded {
 		return errUnbounded
 	}
-	verdict, err := store.Admit(x.r.Context(), Admission{
+	verdict, err := x.h.asks.ask(x.r.Context(), store, Admission{
 		KeyID:     x.key.id,
 		RequestID: x.event.RequestID,
 		Limits:    limits,
@@ -25,6 +25,7 @@ func (x *exchange) admit(store Store, req *chatRequest, candidates []candidate) 
 		return x.storeFailed(err)
 	}
 	limits.describe(verdict, x.w.Header())
+	x.noteCap(limits, verdict)
 	return limits.refusal(verdict, maxCost)
 }
 

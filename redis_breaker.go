@@ -20,7 +20,9 @@ type breaker struct {
 
 	opening atomic.Value // a chan struct{}, which is closed while the breaker is open
 
-	changed chan struct{} // it has opened
+	changed chan struct{}   // it has opened
+	failed  func()          // is told of each failure; may be nil
+	turned  func(open bool) // is told of each change, and must not wait; may be nil
 
 	mu      sync.Mutex // for changes
 	suspect string     // the hash tag of data that could not be reached; empty where nothing could
@@ -61,6 +63,9 @@ func (b *breaker) note(suspect string, err error) {
 	if err == nil || isScriptFault(err) {
 		return
 	}
+	if b.failed != nil {
+		b.failed()
+	}
 	if b.failures.Add(1) >= maxFailures && !b.open() {
 		b.trip(suspect, err)
 	}
@@ -77,6 +82,9 @@ func (b *breaker) trip(suspect string, err error) {
 	b.trouble.note(b.logger, err)
 	b.isOpen.Store(true)
 	close(b.opening.Load().(chan struct{}))
+	if b.turned != nil {
+		b.turned(true)
+	}
 	select {
 	case b.changed <- struct{}{}:
 	default:
@@ -93,6 +101,9 @@ func (b *breaker) close() {
 	b.failures.Store(0)
 	b.isOpen.Store(false)
 	b.opening.Store(make(chan struct{}))
+	if b.turned != nil {
+		b.turned(false)
+	}
 	b.trouble.note(b.logger, nil)
 }
 

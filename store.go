@@ -17,7 +17,8 @@ import (
 // process has the database open.
 type StoreModule interface {
 	// StoreKey identifies the thing the store keeps its data in, such as a file, and nothing else. Handlers whose
-	// stores have the same key share one store, across sites and across reloads of the configuration.
+	// stores have the same key share one store, across sites and across reloads of the configuration. It begins with the
+	// module's name and a colon.
 	StoreKey() string
 
 	// OpenStore opens the store. Its errors name the thing and say what is wrong with it.

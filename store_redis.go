@@ -380,6 +380,7 @@ func (s *redisStore) open() (err error) {
 		return errors.Join(fmt.Errorf("journal %s: %w", s.redisConfig.journal, err), s.client.Close())
 	}
 	s.breaker.logger = s.logger
+	s.tellBreaker()
 	if err := s.beat(context.Background()); isRefusedCredentials(err) {
 		return errors.Join(err, s.journal.close(), s.client.Close())
 	} else if err != nil {

@@ -140,6 +140,7 @@ func (s *stream) read(event []byte) verdict {
 		result.errorCode = e.code
 		return verdict{insert: e.frame(s.a.x.event.RequestID)}
 	}
+	s.a.x.trace.read(payload)
 	s.answered = s.answered || said.choices > 0
 	if result.text.bytes > before {
 		s.a.x.firstByte()

@@ -43,6 +43,9 @@ type Upstream struct {
 	query   string      // of BasePath
 	host    string      // of Headers
 	header  http.Header // resolved, the API key with it; nil where the handler's transport has them
+
+	health    *upstreamHealth
+	healthKey string // while the configuration lives
 }
 
 func (u *Upstream) check() error {
@@ -83,6 +86,7 @@ func (u *Upstream) provision(ctx caddy.Context) error {
 		u.OnHangup = new(Hangup)
 	}
 	u.OnHangup.provision()
+	u.shareHealth()
 	header := make(http.Header, len(u.Headers)+1)
 	if u.APIKey != "" {
 		key, err := caddy.NewReplacer().ReplaceOrErr(u.APIKey, true, true)

@@ -1,0 +1,132 @@
+package mesh
+
+import (
+	"net/http"
+	"sync/atomic"
+
+	"github.com/caddyserver/caddy/v2"
+)
+
+// result is how an upstream did when it was asked.
+type result string
+
+const (
+	resultAnswered   result = "answered"    // whole
+	resultRefused    result = "refused"     // it says that the request is at fault, or that it does not have the model
+	resultBusy       result = "busy"        // it said 429
+	resultFailed     result = "failed"      // it could not be reached, failed, made no sense, or took no credentials
+	resultTimeout    result = "timeout"     // the request's time ran out first
+	resultCut        result = "cut"         // it broke off in the middle of its answer
+	resultClientGone result = "client_gone" // the client left first
+)
+
+// ended takes in how an attempt went after which no other is made, and returns s.
+func (a *answer) ended(s *served) *served {
+	own := a.req.timeout != 0
+	r := resultAnswered
+	switch s.outcome {
+	case OutcomeClientGone:
+		r = resultClientGone
+	case OutcomeTimeout:
+		r = resultTimeout
+	case OutcomeCut:
+		r = resultCut
+	case OutcomeError: // in a stream's event
+		r = resultRefused
+		if s.errorCode == errCut.code {
+			r = resultFailed
+		}
+	}
+	a.x.attempted(a, r, nil)
+	if r != resultClientGone && !(r == resultTimeout && own) { // a client that gives up early says nothing of the upstream
+		a.by.upstream.health.note(r)
+	}
+	return s
+}
+
+// failed takes in how an attempt went that came to nothing.
+func (a *answer) failed(f *failure) {
+	r := resultFailed
+	switch status := f.tell.status; {
+	case status == http.StatusTooManyRequests:
+		r = resultBusy
+	case status == http.StatusGatewayTimeout:
+		r = resultTimeout
+	case status < 500:
+		r = resultRefused
+	}
+	a.x.attempted(a, r, f.cause)
+	a.by.upstream.health.note(r)
+}
+
+// attempted counts an attempt. cause, if there is more to say than r, is for the trace.
+func (x *exchange) attempted(a *answer, r result, cause error) {
+	x.trace.endAttempt(a.status, r, cause)
+	x.series = a.by.series
+	if x.series == nil {
+		return
+	}
+	x.series.resolve()
+	if r == resultAnswered {
+		x.series.answered.Inc()
+		return
+	}
+	collectors.attempts.WithLabelValues(x.series.upstream, string(r)).Inc()
+}
+
+// upstreamHealth knows whether an upstream answers. It outlives a configuration as long as the next one has the same
+// upstream.
+type upstreamHealth struct {
+	name     string
+	failures atomic.Int32 // in a row
+	down     atomic.Bool  // so said the last event
+}
+
+// maxUpstreamFailures is how many failures in a row take an upstream down.
+const maxUpstreamFailures = 5
+
+// healths has those of all upstreams, by what identifies them.
+var healths = caddy.NewUsagePool()
+
+// note takes in how an attempt went.
+func (h *upstreamHealth) note(r result) {
+	if h == nil {
+		return
+	}
+	switch r {
+	case resultFailed, resultTimeout, resultCut:
+		if h.failures.Add(1) >= maxUpstreamFailures && h.down.CompareAndSwap(false, true) {
+			notices.emit(eventUpstreamDown, map[string]any{"upstream": h.name, "failures": maxUpstreamFailures, "result": string(r)})
+		}
+		return
+	}
+	if h.failures.Load() == 0 {
+		return
+	}
+	h.failures.Store(0)
+	if h.down.CompareAndSwap(true, false) {
+		notices.emit(eventUpstreamUp, map[string]any{"upstream": h.name})
+	}
+}
+
+// Destruct is for the pool.
+func (h *upstreamHealth) Destruct() error { return nil }
+
+// shareHealth is for provisioning, before Caddy takes the handler's JSON away.
+func (u *Upstream) shareHealth() {
+	key := digestText(u.Name, u.BasePath, string(u.HandlerRaw))
+	health, _, err := healths.LoadOrNew(key, func() (caddy.Destructor, error) { return &upstreamHealth{name: u.Name}, nil })
+	if err == nil { // it cannot fail
+		u.health, u.healthKey = health.(*upstreamHealth), key
+	}
+}
+
+// leaveHealth ends what shareHealth began, if it did. Requests under way may still use it.
+func (u *Upstream) leaveHealth() {
+	if u == nil || u.healthKey == "" {
+		return
+	}
+	key := u.healthKey
+	u.healthKey = ""
+	healths.Delete(key) //nolint:errcheck // Destruct does not fail
+}
