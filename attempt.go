@@ -20,6 +20,10 @@ const (
 	resultClientGone result = "client_gone" // the client left first
 )
 
+var results = []result{
+	resultAnswered, resultRefused, resultBusy, resultFailed, resultTimeout, resultCut, resultClientGone,
+}
+
 // ended takes in how an attempt went after which no other is made, and returns s.
 func (a *answer) ended(s *served) *served {
 	own := a.req.timeout != 0
@@ -67,11 +71,7 @@ func (x *exchange) attempted(a *answer, r result, cause error) {
 		return
 	}
 	x.series.resolve()
-	if r == resultAnswered {
-		x.series.answered.Inc()
-		return
-	}
-	collectors.attempts.WithLabelValues(x.series.upstream, string(r)).Inc()
+	x.series.attempts[r].Inc()
 }
 
 // upstreamHealth knows whether an upstream answers. It outlives a configuration as long as the next one has the same

@@ -13,7 +13,7 @@ type targetSeries struct {
 
 	once       sync.Once
 	requests   map[Outcome]prometheus.Counter
-	answered   prometheus.Counter // attempts
+	attempts   map[result]prometheus.Counter
 	fallbacks  prometheus.Counter
 	tokens     tokenSeries
 	cost       prometheus.Counter
@@ -34,7 +34,10 @@ func (s *targetSeries) resolve() {
 		for _, o := range outcomes {
 			s.requests[o] = m.requests.WithLabelValues(s.model, s.upstream, string(o))
 		}
-		s.answered = m.attempts.WithLabelValues(s.upstream, string(resultAnswered))
+		s.attempts = make(map[result]prometheus.Counter, len(results))
+		for _, r := range results {
+			s.attempts[r] = m.attempts.WithLabelValues(s.upstream, string(r))
+		}
 		s.fallbacks = m.fallbacks.WithLabelValues(s.model)
 		s.tokens = newTokenSeries(m.tokens, s.model)
 		s.cost = m.cost.WithLabelValues(s.model)
@@ -153,7 +156,11 @@ type keySeries struct {
 	cost   prometheus.Counter
 }
 
+// newKeySeries has the refusals that alerts are about begin with 0, as a rate does not see a series appear.
 func newKeySeries(label string) *keySeries {
+	for _, reason := range []string{"spend_limit_exceeded", "rate_limit_exceeded"} {
+		collectors.keyRejections.WithLabelValues(label, reason)
+	}
 	return &keySeries{
 		label:  label,
 		tokens: newTokenSeries(collectors.keyTokens, label),
