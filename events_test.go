@@ -25,6 +25,7 @@ type eventRecorder struct{}
 var emitted struct {
 	mu     sync.Mutex
 	events []caddy.Event
+	said   []string      // what a command would be given
 	hang   chan struct{} // where it is not nil, handlers hang until it is closed
 }
 
@@ -37,8 +38,10 @@ func (*eventRecorder) UnmarshalCaddyfile(d *caddyfile.Dispenser) error {
 	return nil
 }
 
-func (*eventRecorder) Handle(_ context.Context, e caddy.Event) error {
+func (*eventRecorder) Handle(ctx context.Context, e caddy.Event) error {
+	repl := ctx.Value(caddy.ReplacerCtxKey).(*caddy.Replacer)
 	emitted.mu.Lock()
+	emitted.said = append(emitted.said, repl.ReplaceAll("{event.name} {event.data.key_name} {event.data.spend_usd}", ""))
 	emitted.events = append(emitted.events, e)
 	hang := emitted.hang
 	emitted.mu.Unlock()
@@ -54,7 +57,7 @@ var _ caddyevents.Handler = (*eventRecorder)(nil)
 func recordEvents(t *testing.T) string {
 	t.Helper()
 	emitted.mu.Lock()
-	emitted.events, emitted.hang = nil, nil
+	emitted.events, emitted.said, emitted.hang = nil, nil, nil
 	emitted.mu.Unlock()
 	var options strings.Builder
 	options.WriteString("events {\n")
@@ -123,6 +126,11 @@ func TestSpendCapIsAnEventOnceForEachKeyAndPeriod(t *testing.T) {
 	if id, _ := got[0]["key_id"].(string); id == "" || !maps.Equal(got[0], want) {
 		t.Errorf("got %v", got[0])
 	}
+	emitted.mu.Lock()
+	if emitted.said[0] != "mesh.spend_cap_reached tester 0.0045" {
+		t.Errorf("placeholders: %q", emitted.said)
+	}
+	emitted.mu.Unlock()
 
 	g.load("http://$ADDRESS {\n" + capped("0.004 month") + "\n}\n# the same once more\n")
 	refused()
