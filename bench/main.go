@@ -41,7 +41,11 @@ func main() {
 	}
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	defer stop()
-	exit(run(ctx, o))
+	err = run(ctx, o)
+	if ctx.Err() != nil {
+		err = errors.New("interrupted") // what else is wrong comes from that
+	}
+	exit(err)
 }
 
 func exit(err error) {

@@ -72,8 +72,20 @@ func (r *report) writeTables(w io.Writer) error {
 	if rows := r.comparison(); len(rows) > 1 {
 		b.WriteString("\n" + markdown(rows))
 	}
+	b.WriteString(r.overtaxed())
 	_, err := io.WriteString(w, b.String())
 	return err
+}
+
+// overtaxed says which latencies are not worth comparing.
+func (r *report) overtaxed() (notes string) {
+	for _, t := range r.targets {
+		if most := r.summary(throughput, t.name).Median; most < r.rate {
+			notes += fmt.Sprintf("\n%s: %s requests/s are more than it can do here, so that its latencies are those of a growing queue; "+
+				"-rate %.0f would be half of what it can.\n", t.title(), number(r.rate, 0), most/2)
+		}
+	}
+	return notes
 }
 
 func unitOf(m metric) string {

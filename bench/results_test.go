@@ -122,6 +122,15 @@ func TestReportShowsWhatWasMeasured(t *testing.T) {
 	}
 }
 
+func TestTargetThatCannotKeepUpIsNamed(t *testing.T) {
+	for rate, want := range map[float64]bool{919: false, 950: true} {
+		r := &report{options: new(options), rate: rate, results: measured()}
+		if got := r.overtaxed(); strings.Contains(got, "mesh, store local: ") != want || strings.Contains(got, "bare") {
+			t.Errorf("at %v: %q", rate, got)
+		}
+	}
+}
+
 func TestNumbersAreGroupedAndRounded(t *testing.T) {
 	for want, f := range map[string]float64{"12,346": 12345.6, "-1,234": -1234.4, "999": 999.4, "0": 0} {
 		if got := number(f, 0); got != want {

@@ -59,6 +59,9 @@ func (c *contest) run(ctx context.Context) error {
 	return nil
 }
 
+// leastProfile is how long a profile takes at least: the profiler looks a hundred times a second.
+const leastProfile = 10 * time.Second
+
 // memoryRounds are few because memory is nearly the same in each, and 5,000 streams take their time to open.
 const memoryRounds = 2
 
@@ -172,7 +175,7 @@ func (c *contest) profileOf(ctx context.Context, t *target) error {
 		return err
 	}
 	written := make(chan error, 1)
-	d := max(c.duration, time.Second)
+	d := max(c.duration, leastProfile)
 	go func() { written <- t.caddy.profile(ctx, filepath.Join(c.profiles, t.name+".pprof"), d) }()
 	_, err := c.saturate(ctx, t, t.completionRequest(c.prompt), c.connections, d)
 	if failed := <-written; err == nil {

@@ -102,13 +102,14 @@ func (s *endurance) serve(ctx context.Context) error {
 	for _, g := range s.gateways {
 		g.traffic.start(s.connections)
 	}
+	end := time.Now().Add(s.soak)
 	err := wait(ctx, min(calibration, s.soak/5))
 	for _, g := range s.gateways {
 		g.traffic.halve()
 		progress("%s: %.0f requests/s from now on", g.name, g.traffic.rate())
 	}
 	if err == nil {
-		err = s.disturb(ctx)
+		err = s.disturb(ctx, end)
 	}
 	for _, g := range s.gateways {
 		g.traffic.end()
@@ -117,8 +118,8 @@ func (s *endurance) serve(ctx context.Context) error {
 }
 
 // disturb does what happens while there is traffic, until its time is over.
-func (s *endurance) disturb(ctx context.Context) error {
-	timed, cancel := context.WithTimeout(ctx, s.soak)
+func (s *endurance) disturb(ctx context.Context, end time.Time) error {
+	timed, cancel := context.WithDeadline(ctx, end)
 	defer cancel()
 	var all sync.WaitGroup
 	all.Go(func() { every(timed, min(reloadEvery, s.soak/5), func() { s.reload(ctx) }) })
