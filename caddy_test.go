@@ -3,10 +3,13 @@ package mesh
 import (
 	"bytes"
 	"encoding/json"
+	"fmt"
 	"io"
 	"net"
 	"net/http"
 	"net/http/httptest"
+	"os"
+	"strconv"
 	"strings"
 	"sync"
 	"testing"
@@ -77,6 +80,33 @@ func (g *gateway) load(sites string) {
 	if err := caddy.Load(cfg, true); err != nil {
 		g.t.Fatal(err)
 	}
+	awaitOneListener(g.t, g.url)
+}
+
+// awaitOneListener waits until the server of the configuration before has closed its socket, which Caddy does not wait
+// for. Until then the kernel may give that socket a connection, and resets it in the end. It needs Linux to see.
+func awaitOneListener(t testing.TB, url string) {
+	t.Helper()
+	const listening = "0A"
+	port, err := strconv.Atoi(url[strings.LastIndexByte(url, ':')+1:])
+	if err != nil {
+		t.Fatal(err)
+	}
+	local := fmt.Sprintf(":%04X", port)
+	eventually(t, "one server listens", func() bool {
+		sockets, err := os.ReadFile("/proc/net/tcp")
+		if err != nil {
+			return true
+		}
+		count := 0
+		for line := range strings.Lines(string(sockets)) {
+			fields := strings.Fields(line)
+			if len(fields) > 3 && strings.HasSuffix(fields[1], local) && fields[3] == listening {
+				count++
+			}
+		}
+		return count <= 1
+	})
 }
 
 func adaptCaddyfile(t testing.TB, text string) []byte {

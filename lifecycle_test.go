@@ -139,6 +139,7 @@ func (p *process) reloadByAdmin(caddyfile string) {
 	if body, _ := io.ReadAll(resp.Body); resp.StatusCode != http.StatusOK {
 		p.t.Fatalf("reload: %s %s", resp.Status, body)
 	}
+	awaitOneListener(p.t, p.url)
 }
 
 func TestRestartDoesNotRefillTheDay(t *testing.T) {

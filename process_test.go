@@ -175,6 +175,7 @@ func (p *process) reload(caddyfile string) {
 	if out, code := p.run("reload", "--config", "Caddyfile"); code != 0 {
 		p.t.Fatalf("reload: exit code %d\n%s", code, out)
 	}
+	awaitOneListener(p.t, p.url)
 }
 
 // run runs another caddy command beside the process, and returns what it prints.
