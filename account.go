@@ -1,6 +1,7 @@
 package mesh
 
 import (
+	"crypto/sha256"
 	"sync"
 	"time"
 )
@@ -210,39 +211,50 @@ func (a *account) refund(c charge) {
 	a.balance.refund(c)
 }
 
-// recentIDs remembers request ids: those that have not been released, and a number of those that have.
+// recentIDs remembers request ids: those that have not been released, and a number of those that have. It keeps their
+// digests, because the garbage collector has to look through a map of strings, again and again.
 type recentIDs struct {
 	mu       sync.Mutex
-	known    map[string]struct{}
-	released []string // a ring
-	oldest   int      // of released, once it is full
+	known    map[idDigest]struct{}
+	released []idDigest // a ring
+	oldest   int        // of released, once it is full
+}
+
+// idDigest is the first half of an id's SHA-256.
+type idDigest [sha256.Size / 2]byte
+
+func digestOfID(id string) idDigest {
+	whole := sha256.Sum256([]byte(id))
+	return idDigest(whole[:])
 }
 
 const maxReleased = 65_536
 
 // add reports whether the id was unknown.
 func (r *recentIDs) add(id string) bool {
+	d := digestOfID(id)
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	if _, ok := r.known[id]; ok {
+	if _, ok := r.known[d]; ok {
 		return false
 	}
 	if r.known == nil {
-		r.known = make(map[string]struct{})
+		r.known = make(map[idDigest]struct{})
 	}
-	r.known[id] = struct{}{}
+	r.known[d] = struct{}{}
 	return true
 }
 
 // release lets an id be forgotten, once enough others have been released after it.
 func (r *recentIDs) release(id string) {
+	d := digestOfID(id)
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	if len(r.released) < maxReleased {
-		r.released = append(r.released, id)
+		r.released = append(r.released, d)
 		return
 	}
 	delete(r.known, r.released[r.oldest])
-	r.released[r.oldest] = id
+	r.released[r.oldest] = d
 	r.oldest = (r.oldest + 1) % maxReleased
 }

@@ -176,24 +176,32 @@ func digestOf(secret string) (d digest, err error) {
 		}
 		return digest(raw), nil
 	}
-	token, ok := canonicalToken(secret)
+	d, ok := digestOfToken(secret)
 	if !ok {
 		return d, errBadSecret
 	}
-	return sha256.Sum256([]byte(token)), nil
+	return d, nil
 }
 
-// canonicalToken checks the form of a client's token and puts its ULID in capitals, as Crockford's base32 is case
-// insensitive. What does not have the form of a key never reaches a store.
-func canonicalToken(token string) (string, bool) {
+// digestOfToken checks the form of a client's token and returns the digest of it with its ULID in capitals, as Crockford's
+// base32 is case insensitive. What does not have the form of a key never reaches a store.
+func digestOfToken(token string) (d digest, ok bool) {
 	if len(token) != keyLength || !strings.EqualFold(token[:len(keyPrefix)], keyPrefix) {
-		return "", false
+		return d, false
 	}
-	ulid := strings.ToUpper(token[len(keyPrefix):])
-	if len(ulid) != 26 || strings.Trim(ulid, "0123456789ABCDEFGHJKMNPQRSTVWXYZ") != "" {
-		return "", false
+	var canonical [keyLength]byte
+	copy(canonical[:], keyPrefix)
+	for i := len(keyPrefix); i < keyLength; i++ {
+		c := token[i]
+		if 'a' <= c && c <= 'z' {
+			c -= 'a' - 'A'
+		}
+		if strings.IndexByte("0123456789ABCDEFGHJKMNPQRSTVWXYZ", c) < 0 {
+			return d, false
+		}
+		canonical[i] = c
 	}
-	return keyPrefix + ulid, true
+	return sha256.Sum256(canonical[:]), true
 }
 
 // bearer returns the digest of the secret that a request was sent with.
@@ -202,11 +210,7 @@ func bearer(r *http.Request) (secret digest, ok bool) {
 	if !strings.EqualFold(scheme, "Bearer") {
 		return secret, false
 	}
-	token, ok = canonicalToken(strings.Trim(token, " "))
-	if !ok {
-		return secret, false
-	}
-	return sha256.Sum256([]byte(token)), true
+	return digestOfToken(strings.Trim(token, " "))
 }
 
 // findKey returns the key with a secret of this digest, or nil: one of the configuration, or else one of the store.

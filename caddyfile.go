@@ -1,7 +1,6 @@
 package mesh
 
 import (
-	"crypto/sha256"
 	"encoding/hex"
 	"errors"
 	"strconv"
@@ -232,9 +231,8 @@ func (p *blockParser) key(h *Handler) error {
 	if err := p.text(&k.Secret); err != nil {
 		return err
 	}
-	if token, ok := canonicalToken(k.Secret); ok { // the secret itself shall not be in the adapted configuration
-		sum := sha256.Sum256([]byte(token))
-		k.Secret = digestPrefix + hex.EncodeToString(sum[:])
+	if d, ok := digestOfToken(k.Secret); ok { // the secret itself shall not be in the adapted configuration
+		k.Secret = digestPrefix + hex.EncodeToString(d[:])
 	}
 	h.Keys = append(h.Keys, k)
 	return p.block(words{
