@@ -2,6 +2,7 @@ package mesh
 
 import (
 	"sync"
+	"sync/atomic"
 
 	"github.com/tiktoken-go/tokenizer"
 )
@@ -17,12 +18,52 @@ const (
 	tokensPerMessage = 3
 	tokensPerAnswer  = 3
 	tokensPerImage   = 765
+
+	bytesPerToken = 4 // OpenAI's rule of thumb for English
 )
 
 // estimate returns about how many tokens the prompt has.
 func (p *promptSize) estimate(body []byte) int64 {
-	return estimateTokens(p.text(body), p.bytes) +
-		int64(p.messages)*tokensPerMessage + int64(p.images)*tokensPerImage + tokensPerAnswer
+	return p.tokens(estimateTokens(p.text(body), p.bytes))
+}
+
+// quickEstimate is estimate by the rule of thumb alone, for where counting takes too long.
+func (p *promptSize) quickEstimate() int64 { return p.tokens(int64(p.bytes) / bytesPerToken) }
+
+// tokens adds to the tokens of the prompt's text those of all else in it.
+func (p *promptSize) tokens(text int64) int64 {
+	return text + int64(p.messages)*tokensPerMessage + int64(p.images)*tokensPerImage + tokensPerAnswer
+}
+
+// answerLength is how many tokens answers have had lately: a moving average over about the last averagedAnswers of them.
+// The zero value says firstAnswer until it has learned better.
+type answerLength struct{ scaled atomic.Int64 } // averagedAnswers times the average; 0 before the first
+
+const (
+	averagedAnswers = 64
+	firstAnswer     = 256 // tokens
+)
+
+// note takes in an answer that ended.
+func (a *answerLength) note(tokens int64) {
+	for {
+		was := a.scaled.Load()
+		next := was + tokens - was/averagedAnswers
+		if was == 0 {
+			next = tokens * averagedAnswers
+		}
+		if a.scaled.CompareAndSwap(was, next) {
+			return
+		}
+	}
+}
+
+// tokens returns the average.
+func (a *answerLength) tokens() int64 {
+	if scaled := a.scaled.Load(); scaled > 0 {
+		return scaled / averagedAnswers
+	}
+	return firstAnswer
 }
 
 // textSample measures the text of an answer as it goes by.
@@ -56,7 +97,7 @@ func estimateTokens(sample []byte, length int) int64 {
 	if len(sample) == 0 {
 		return 0
 	}
-	n := len(sample) / 4 // OpenAI's rule of thumb for English
+	n := len(sample) / bytesPerToken
 	if codec := vocabulary(); codec != nil {
 		if count, err := codec.Count(string(unescape(sample))); err == nil {
 			n = count

@@ -37,8 +37,10 @@ func encodeEvent(e *Event) ([]byte, error) {
 	o.numberIfAny("cached_tokens", e.CachedTokens)
 	o.number("completion_tokens", e.CompletionTokens)
 	o.trueIf("estimated", e.Estimated)
-	o.name("cost_usd")
-	o.buf = append(e.Cost.append(append(o.buf, '"')), '"')
+	o.money("cost_usd", e.Cost)
+	if e.MaxCost != 0 {
+		o.money("max_cost_usd", e.MaxCost)
+	}
 	return append(o.buf, '}'), nil
 }
 
@@ -75,6 +77,11 @@ func (o *objectWriter) numberIfAny(name string, value int64) {
 	if value != 0 {
 		o.number(name, value)
 	}
+}
+
+func (o *objectWriter) money(name string, amount Money) {
+	o.name(name)
+	o.buf = append(amount.append(append(o.buf, '"')), '"')
 }
 
 func (o *objectWriter) trueIf(name string, value bool) {

@@ -40,7 +40,8 @@ type exchange struct {
 	r *http.Request
 
 	started time.Time
-	taken   bool // the body was read
+	waited  time.Duration // for the store to find the key
+	taken   bool          // the body was read
 	key     *Key
 	event   Event // as far as it is known; the ledger gets it only if the request was admitted
 
@@ -66,7 +67,10 @@ func (x *exchange) authenticate() *apiError {
 	if !ok {
 		return errUnauthorized
 	}
+	began := time.Now()
 	key, err := x.h.findKey(x.r.Context(), secret)
+	now := time.Now()
+	x.waited = now.Sub(began)
 	if err != nil {
 		return x.storeFailed(err)
 	}
@@ -74,7 +78,7 @@ func (x *exchange) authenticate() *apiError {
 		x.key = key
 		x.event.KeyID, x.event.KeyName, x.event.Owner = key.id, key.Name, key.Owner
 	}
-	return key.refusal(time.Now())
+	return key.refusal(now)
 }
 
 // meshClient reports whether the client is one written for the Mesh API.

@@ -84,11 +84,12 @@ type Handler struct {
 	// What the gateway adds to the spans of Caddy's `tracing`.
 	Tracing *Tracing `json:"tracing,omitempty"`
 
-	store  *storeRef
-	keys   keyring
-	models modelTable
-	asks   *storeSeries
-	logger *zap.Logger
+	store   *storeRef
+	keys    keyring
+	models  modelTable
+	asks    *storeSeries
+	answers *answerLength
+	logger  *zap.Logger
 }
 
 // CaddyModule returns the Caddy module information.
@@ -102,6 +103,7 @@ func (Handler) CaddyModule() caddy.ModuleInfo {
 // Provision sets up the handler. It opens nothing: see App.
 func (h *Handler) Provision(ctx caddy.Context) error {
 	h.logger = ctx.Logger()
+	h.answers = new(answerLength)
 	if err := h.check(); err != nil {
 		return err
 	}

@@ -52,8 +52,7 @@ type process struct {
 
 	binary string
 	admin  *http.Client
-	child  *os.Process
-	ended  chan struct{} // is closed when child has ended
+	child  *child
 }
 
 // startProcess runs a Caddy with a Caddyfile and returns as soon as it listens on $ADDRESS. $UPSTREAM stands for an
@@ -112,27 +111,10 @@ func (p *process) command(args ...string) *exec.Cmd {
 // start runs the process; after a kill, with all that it had kept.
 func (p *process) start() {
 	p.t.Helper()
-	log, err := os.OpenFile(p.path("log"), os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o600)
-	if err != nil {
-		p.t.Fatal(err)
-	}
-	defer log.Close()
-	cmd := p.command("run", "--config", "Caddyfile")
-	cmd.Stdout, cmd.Stderr = log, log
-	if err := cmd.Start(); err != nil {
-		p.t.Fatal(err)
-	}
-	ended := make(chan struct{})
-	go func() {
-		defer close(ended)
-		cmd.Wait() //nolint:errcheck // a killed process has no other way to end
-	}()
-	p.child, p.ended = cmd.Process, ended
+	p.child = startChild(p.t, p.command("run", "--config", "Caddyfile"), p.path("log"))
 	eventually(p.t, "Caddy listens", func() bool {
-		select {
-		case <-ended:
+		if p.child.over() {
 			p.t.Fatalf("Caddy ended:\n%s", p.log())
-		default:
 		}
 		conn, err := net.Dial("tcp", strings.TrimPrefix(p.url, "http://"))
 		if err != nil {
@@ -153,11 +135,10 @@ func (p *process) kill(signal os.Signal) {
 		p.t.Errorf("sending %s: %v", signal, err)
 	}
 	select {
-	case <-p.ended:
+	case <-p.child.ended:
 	case <-time.After(30 * time.Second):
 		p.t.Errorf("%s did not end the process", signal)
-		p.child.Kill() //nolint:errcheck // it is waited for
-		<-p.ended
+		p.child.end()
 	}
 }
 

@@ -19,7 +19,8 @@ func (x *exchange) admit(store Store, req *chatRequest, candidates []candidate) 
 		RequestID: x.event.RequestID,
 		Limits:    limits,
 		MaxCost:   maxCost,
-		Pending:   x.pending(req, candidates),
+		Waited:    x.waited,
+		Pending:   x.pending(req, candidates, maxCost),
 	})
 	if err != nil {
 		return x.storeFailed(err)
@@ -37,6 +38,9 @@ var errUnbounded = errorf(http.StatusPaymentRequired, "spend_limit_exceeded",
 // tokenizer makes more tokens of a text than it has bytes, and all text there is stands in the body. What an image, a
 // sound or a file costs is known only to the upstream, so that a prompt with one is bounded by the model's context alone.
 func (r *chatRequest) maxCost(candidates []candidate) (most Money, bounded bool) {
+	if r.choices > maxChoices {
+		return 0, false
+	}
 	for _, c := range candidates {
 		if c.price == nil {
 			continue
@@ -56,12 +60,12 @@ func (r *chatRequest) maxCost(candidates []candidate) (most Money, bounded bool)
 		}
 		var cost tokenCost
 		cost.add(prompt, max(c.price.Input, c.price.cachedInput()))
-		for range min(max(r.choices, 1), maxChoices) {
+		for range max(r.choices, 1) {
 			cost.add(answer, c.price.Output)
 		}
 		most = max(most, cost.round())
 	}
-	return most, r.choices <= maxChoices
+	return most, true
 }
 
 const (
@@ -72,15 +76,34 @@ const (
 	maxChoices = 128
 )
 
-// pending is what is charged for the request if this process dies before it is settled: the prompt, by OpenAI's rule
-// of thumb of four bytes a token, as counting tokens takes too long for here.
-func (x *exchange) pending(req *chatRequest, candidates []candidate) Event {
-	e := x.event
-	p := &req.prompt
-	e.PromptTokens = int64(p.bytes)/4 + int64(p.messages)*tokensPerMessage + int64(p.images)*tokensPerImage + tokensPerAnswer
-	e.Cost = candidates[0].price.cost(usage{prompt: e.PromptTokens})
+// pending is what is charged for the request if this process dies before it is settled, at the price of the candidate
+// that is asked first: the prompt, by the rule of thumb, as counting tokens takes too long for here, and an answer as
+// long as this handler's have been on average lately, or as long as it may be if that is less. What a process that dies
+// has under way then costs about as much as it will be charged for, though each request for itself may be far off. The
+// prompt alone would always be too little; maxCost, the most that the request can cost if it is known, almost always far
+// too much, and is there for who has to correct an entry.
+func (x *exchange) pending(req *chatRequest, candidates []candidate, maxCost Money) Event {
+	e, first := x.event, candidates[0]
+	e.PromptTokens = req.prompt.quickEstimate()
+	e.CompletionTokens = req.expectedAnswer(first, e.PromptTokens, x.h.answers.tokens())
+	e.Cost = first.price.cost(usage{prompt: e.PromptTokens, completion: e.CompletionTokens})
+	if e.MaxCost = maxCost; maxCost > 0 {
+		e.Cost = min(e.Cost, maxCost)
+	}
 	e.Outcome, e.Estimated = OutcomeLost, true
 	return e
+}
+
+// expectedAnswer returns about how many tokens the answer will have: the average, within what the request and the
+// model's context allow.
+func (r *chatRequest) expectedAnswer(c candidate, prompt, average int64) int64 {
+	if r.maxTokens > 0 && r.maxTokens < average {
+		average = min(average, r.maxTokens*min(max(r.choices, 1), maxChoices))
+	}
+	if c.context > 0 {
+		average = min(average, max(0, c.context-prompt))
+	}
+	return average
 }
 
 // refusal is the error for the limit that refused a request of a largest cost, or nil.

@@ -302,3 +302,37 @@ func TestHardCapRefusesWhatNothingBounds(t *testing.T) {
 		}
 	}
 }
+
+func TestExpectedAnswerIsTheAverageWithinWhatIsAllowed(t *testing.T) {
+	var lately answerLength
+	if got := lately.tokens(); got != firstAnswer {
+		t.Errorf("before the first answer: %d", got)
+	}
+	lately.note(1000)
+	if got := lately.tokens(); got != 1000 {
+		t.Errorf("after one of 1000: %d", got)
+	}
+	for range 10 * averagedAnswers {
+		lately.note(100)
+	}
+	if got := lately.tokens(); got < 100 || got > 110 {
+		t.Errorf("after many of 100: %d", got)
+	}
+	for _, tc := range []struct {
+		maxTokens, choices, context, want int64
+	}{
+		{0, 0, 0, 300},
+		{1000, 0, 0, 300},
+		{20, 0, 0, 20},
+		{20, 4, 0, 80},
+		{20, 1 << 40, 0, 300},
+		{1 << 62, 128, 0, 300},
+		{0, 0, 1050, 50},
+		{0, 0, 500, 0},
+	} {
+		r := chatRequest{maxTokens: tc.maxTokens, choices: tc.choices}
+		if got := r.expectedAnswer(candidate{context: tc.context}, 1000, 300); got != tc.want {
+			t.Errorf("%+v: %d", tc, got)
+		}
+	}
+}

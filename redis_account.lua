@@ -11,7 +11,8 @@
 -- numbers, whole dollars and nano-dollars, each of which a double has exactly.
 
 local ACCOUNT_TTL = 10 * 365 * 86400 -- total spend is never to be forgotten while the key is in use
-local REQUEST_TTL = 3 * 86400        -- what is known of single requests
+local USAGE_TTL = 400 * 86400        -- the ledger, sums, and what has yet to be settled or may yet be replaced
+local REQUEST_TTL = 3 * 86400        -- which requests have been settled
 
 local MINUTE, DAY = 60, 86400
 

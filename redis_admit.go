@@ -2,7 +2,6 @@ package mesh
 
 import (
 	"context"
-	"encoding/json"
 	"fmt"
 	"strconv"
 	"strings"
@@ -11,7 +10,8 @@ import (
 	"github.com/oklog/ulid/v2"
 )
 
-// Admit asks Redis, whose clock decides. It takes no longer than the timeout, whether the client stays or leaves.
+// Admit asks Redis, whose clock decides. With what the request has waited before, it takes no longer than the timeout,
+// whether the client stays or leaves.
 func (s *redisStore) Admit(ctx context.Context, a Admission) (Verdict, error) {
 	if !storable(a.KeyID) || strings.ContainsAny(a.KeyID, "{}") {
 		return Verdict{}, errUnusableID
@@ -19,15 +19,19 @@ func (s *redisStore) Admit(ctx context.Context, a Admission) (Verdict, error) {
 	if s.degraded() {
 		return s.admitWithout(a, errRedisDown)
 	}
+	timeout := s.timeout - a.Waited
+	if timeout <= 0 {
+		return s.admitWithout(a, errNoTimeLeft)
+	}
 	pending, err := s.pendingEntry(a)
 	if err != nil {
 		return Verdict{}, err
 	}
-	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), s.timeout)
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), timeout)
 	defer cancel()
 	began := time.Now()
 	reply, err := s.admits.run(ctx, s, s.admitKeys(a), s.admitArgs(a, pending)...)
-	if err == nil && time.Since(began) > s.timeout {
+	if err == nil && time.Since(began) > timeout {
 		err = context.DeadlineExceeded
 	}
 	s.breaker.noteTimed(a.KeyID, err)
@@ -41,8 +45,11 @@ func (s *redisStore) Admit(ctx context.Context, a Admission) (Verdict, error) {
 	return verdict, nil
 }
 
-// errRedisDown is returned without asking.
-var errRedisDown = fmt.Errorf("%w: redis cannot be reached", errUnavailable)
+// These are returned without asking.
+var (
+	errRedisDown  = fmt.Errorf("%w: redis cannot be reached", errUnavailable)
+	errNoTimeLeft = fmt.Errorf("%w: looking up the key took all of the time", errUnavailable)
+)
 
 // admitWithout decides without Redis.
 func (s *redisStore) admitWithout(a Admission, cause error) (Verdict, error) {
@@ -74,15 +81,24 @@ func (s *redisStore) admitArgs(a Admission, pending string) []any {
 	return []any{a.RequestID, l.RPM, l.RPD, int64(l.SpendCap), string(l.SpendPeriod), l.Hard, int64(a.MaxCost), pending}
 }
 
-// dayOfRequest returns the UTC day on which a request began, as its id says. What is kept for a day is found by it,
-// whenever a request is settled.
-func dayOfRequest(requestID string) string {
+// requestBegan returns when a request began, as its id says.
+func requestBegan(requestID string) (began time.Time, ok bool) {
 	_, encoded, _ := strings.Cut(requestID, "_")
 	id, err := ulid.Parse(encoded)
 	if err != nil {
+		return time.Time{}, false
+	}
+	return ulid.Time(id.Time()).UTC(), true
+}
+
+// dayOfRequest returns the UTC day on which a request began. What is kept for a day is found by it, whenever a request
+// is settled.
+func dayOfRequest(requestID string) string {
+	began, ok := requestBegan(requestID)
+	if !ok {
 		return "other"
 	}
-	return ulid.Time(id.Time()).UTC().Format(time.DateOnly)
+	return began.Format(time.DateOnly)
 }
 
 // pendingEntry is what Redis keeps of a request until it is settled: who serves it, and what to charge if that one
@@ -93,7 +109,7 @@ func (s *redisStore) pendingEntry(a Admission) (string, error) {
 	}
 	e := a.Pending
 	e.KeyID, e.RequestID, e.Cost = a.KeyID, a.RequestID, max(e.Cost, 0)
-	encoded, err := json.Marshal(e)
+	encoded, err := encodeEvent(&e)
 	if err != nil {
 		return "", fmt.Errorf("encoding pending entry: %w", err)
 	}

@@ -39,7 +39,7 @@ else
 	redis.call('EXPIRE', account, ACCOUNT_TTL)
 	if id ~= '' then
 		redis.call('HSET', pending, id, table.concat({whole(minute), whole(day), reserved, ARGV[8]}, ' '))
-		redis.call('EXPIRE', pending, REQUEST_TTL)
+		redis.call('EXPIRE', pending, USAGE_TTL)
 	end
 end
 return {refused, whole(now), whole(micros), whole(minute), whole(minute_used), whole(day), whole(day_used), whole(since), spend}

@@ -2,12 +2,12 @@ package mesh
 
 import (
 	"bufio"
+	"errors"
 	"fmt"
 	"math"
 	"net"
 	"strconv"
 	"strings"
-	"sync"
 	"sync/atomic"
 	"testing"
 	"time"
@@ -38,8 +38,15 @@ func admitRedis(t testing.TB, s *redisStore, a Admission) Verdict {
 // settleNow settles in the test's goroutine.
 func settleNow(t testing.TB, s *redisStore, e Event) {
 	t.Helper()
-	if left := s.enter([]settlement{{Kind: settleEvent, Event: e}}); len(left) > 0 {
-		t.Fatal("not settled")
+	enterNow(t, s, settlement{Kind: settleEvent, Event: e})
+}
+
+func enterNow(t testing.TB, s *redisStore, batch ...settlement) {
+	t.Helper()
+	for i, f := range s.enter(batch) {
+		if f != entered {
+			t.Fatalf("%s %s was not entered", batch[i].Kind, batch[i].Event.RequestID)
+		}
 	}
 }
 
@@ -105,25 +112,7 @@ func TestTwoStoresOnOneRedisAdmitExactlyTheLimit(t *testing.T) {
 	for _, s := range stores {
 		s.redisClock(at(t, "2026-11-24T10:00:00Z"))
 	}
-	var admitted, refused atomic.Int64
-	var wg sync.WaitGroup
-	for i := range 500 {
-		wg.Go(func() {
-			a := Admission{KeyID: "key", RequestID: requestID(i), Limits: Limits{RPM: 60}}
-			switch v, err := stores[i%2].Admit(t.Context(), a); {
-			case err != nil:
-				t.Error(err)
-			case v.Refused == "":
-				admitted.Add(1)
-			case v.Refused == LimitRPM:
-				refused.Add(1)
-			}
-		})
-	}
-	wg.Wait()
-	if admitted.Load() != 60 || refused.Load() != 440 {
-		t.Fatalf("admitted %d and refused %d, want 60 and 440", admitted.Load(), refused.Load())
-	}
+	admitAtOnce(t, stores[0], stores[1])
 	if b := readRedis(t, stores[0], "key"); b.pending != 60 {
 		t.Errorf("%d requests are pending, want 60", b.pending)
 	}
@@ -204,7 +193,7 @@ func TestEveryKeyInRedisHasATTLAndItsKeysTag(t *testing.T) {
 	}
 	settleNow(t, s, Event{RequestID: requestID(0), KeyID: "abc", SessionID: "a}b{c", Model: "m", Cost: 1})
 	lost := Event{RequestID: requestID(1), KeyID: "abc", Model: "m", Cost: 1}
-	s.enter([]settlement{{Kind: settleLost, Event: lost}, {Kind: settleVoid, Event: Event{RequestID: requestID(2), KeyID: "abc"}}})
+	enterNow(t, s, settlement{Kind: settleLost, Event: lost}, settlement{Kind: settleVoid, Event: Event{RequestID: requestID(2), KeyID: "abc"}})
 	eventually(t, "the key is registered", func() bool { return s.client.SIsMember(t.Context(), "mesh:keyids", "abc").Val() })
 	if err := s.reapAll(t.Context(), map[string]time.Time{}); err != nil {
 		t.Fatal(err)
@@ -212,6 +201,9 @@ func TestEveryKeyInRedisHasATTLAndItsKeysTag(t *testing.T) {
 	admitRedis(t, s, Admission{KeyID: "abc", RequestID: "req_" + ulid.Make().String()})
 	names := server.client().Keys(t.Context(), "*").Val()
 	for _, name := range names {
+		if name == "mesh:id" {
+			continue // for ever
+		}
 		if ttl := s.client.TTL(t.Context(), name).Val(); ttl <= 0 {
 			t.Errorf("%s has no TTL", name)
 		}
@@ -220,7 +212,7 @@ func TestEveryKeyInRedisHasATTLAndItsKeysTag(t *testing.T) {
 			t.Errorf("%s has not the tag of its key", name)
 		}
 	}
-	if len(names) != 10 {
+	if len(names) != 11 {
 		t.Errorf("%d keys: %v", len(names), names)
 	}
 }
@@ -306,6 +298,30 @@ func BenchmarkRedisAdmit(b *testing.B) {
 		})
 		if s.degraded() {
 			b.Error("decided without Redis")
+		}
+	}
+}
+
+// TestWhatLookingUpTheKeyTookIsNotWaitedForAgain: timeout is what Redis may take of a request, not of a command.
+func TestWhatLookingUpTheKeyTookIsNotWaitedForAgain(t *testing.T) {
+	server := startRedis(t)
+	for _, refuse := range []string{onFailureDegrade, onFailureRefuse} {
+		module := redisModule(t, server.address)
+		module.OnFailure = refuse
+		s := openRedis(t, module)
+		server.client().FlushAll(t.Context())
+		verdict, err := s.Admit(t.Context(), Admission{KeyID: "key", RequestID: newRequestID(), Waited: s.timeout})
+		if refuse == onFailureRefuse && !errors.Is(err, errUnavailable) || refuse == onFailureDegrade && (err != nil || verdict.Refused != "") {
+			t.Errorf("%s: %v, %v", refuse, verdict, err)
+		}
+		if n := s.client.Exists(t.Context(), s.key("key", "account")).Val(); n != 0 {
+			t.Errorf("%s: Redis was asked", refuse)
+		}
+		if _, err := s.Admit(t.Context(), Admission{KeyID: "key", RequestID: newRequestID(), Waited: s.timeout / 2}); err != nil {
+			t.Errorf("%s: with half of the time left: %v", refuse, err)
+		}
+		if n := s.client.Exists(t.Context(), s.key("key", "account")).Val(); n != 1 {
+			t.Errorf("%s: Redis was not asked", refuse)
 		}
 	}
 }

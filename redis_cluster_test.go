@@ -182,28 +182,32 @@ func startSentinel(t testing.TB, master *redisServer, quorum int, options ...str
 	if err := os.WriteFile(config, []byte(text), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	cmd := exec.Command(redisBinary(t), config, "--sentinel")
-	if err := cmd.Start(); err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() {
-		cmd.Process.Kill() //nolint:errcheck // it may have ended
-		cmd.Wait()         //nolint:errcheck // a killed process has no other way to end
-	})
+	t.Cleanup(startChild(t, exec.Command(redisBinary(t), config, "--sentinel"), config+".log").end)
 	return address
 }
 
-// startSentinels runs three Sentinels that watch a master.
-func startSentinels(t testing.TB, master *redisServer) (list []string) {
+// startReplica runs a server that follows a master.
+func startReplica(t testing.TB, master *redisServer) *redisServer {
+	t.Helper()
+	_, port, _ := net.SplitHostPort(master.address)
+	replica := startRedis(t, "--replicaof", "127.0.0.1 "+port, "--repl-diskless-sync-delay", "0")
+	eventually(t, "the replica has caught up", func() bool {
+		return strings.Contains(replica.client().Info(t.Context(), "replication").Val(), "master_link_status:up")
+	})
+	return replica
+}
+
+// startSentinels runs three Sentinels that watch a master with some replicas.
+func startSentinels(t testing.TB, master *redisServer, replicas int) (list []string) {
 	t.Helper()
 	for range 3 {
 		list = append(list, startSentinel(t, master, 2))
 	}
 	for _, address := range list {
 		c := redis.NewSentinelClient(&redis.Options{Addr: address, DisableIdentity: true, Protocol: 2})
-		eventually(t, "the Sentinels know each other and the replica", func() bool {
+		eventually(t, "the Sentinels know each other and the replicas", func() bool {
 			m := c.Master(t.Context(), "main").Val()
-			return m["num-other-sentinels"] == "2" && m["num-slaves"] == "1"
+			return m["num-other-sentinels"] == "2" && m["num-slaves"] == strconv.Itoa(replicas)
 		})
 		c.Close()
 	}
@@ -242,12 +246,8 @@ func TestSentinelsMayHaveCredentialsOfTheirOwn(t *testing.T) {
 
 func TestSentinelFailoverLosesAndDoublesNothing(t *testing.T) {
 	master := startRedis(t)
-	_, port, _ := net.SplitHostPort(master.address)
-	replica := startRedis(t, "--replicaof", "127.0.0.1 "+port, "--repl-diskless-sync-delay", "0")
-	eventually(t, "the replica has caught up", func() bool {
-		return strings.Contains(replica.client().Info(t.Context(), "replication").Val(), "master_link_status:up")
-	})
-	module := redisModule(t, startSentinels(t, master)...)
+	replica := startReplica(t, master)
+	module := redisModule(t, startSentinels(t, master, 1)...)
 	module.MasterName = "main"
 	module.Timeout = caddy.Duration(500 * time.Millisecond)
 	s := openRedis(t, module)

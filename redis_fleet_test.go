@@ -1,7 +1,10 @@
 package mesh
 
 import (
+	"encoding/json"
+	"math/rand/v2"
 	"net/http"
+	"strconv"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -9,12 +12,13 @@ import (
 	"time"
 )
 
-// startFleet runs four Caddys whose store is the Redis at these addresses, given as options of the store.
-func startFleet(t *testing.T, store, upstream string) (fleet []*gateway) {
+// startFleet runs four Caddys whose store is the Redis at these addresses, given as options of the store, with a limit of
+// the key's.
+func startFleet(t *testing.T, store, limit, upstream string) (fleet []*gateway) {
 	t.Helper()
 	config := "http://$ADDRESS {\n" + strings.NewReplacer(
 		"store local $DIR/mesh.db", "store redis {\n\t\t"+store+"\n\t\ttimeout 5s\n\t\tjournal $DIR/journal.db\n\t}",
-		"name tester", "name tester\n\t\trpm 1000",
+		"name tester", "name tester\n\t\t"+limit,
 		"model test/* up", "model test/* up {\n\t\tprice 1 10\n\t}",
 	).Replace(site("")) + "\n}\n"
 	for range 4 {
@@ -41,7 +45,7 @@ func TestFleetAdmitsExactlyTheLimitInEachMinute(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			up := startUpstream(t, answers(200, "application/json", completion))
-			fleet := startFleet(t, start(), up.address())
+			fleet := startFleet(t, start(), "rpm 1000", up.address())
 			boundary := time.Now().Truncate(time.Minute).Add(time.Minute)
 			if left := time.Until(boundary); left < 10*time.Second {
 				boundary = boundary.Add(time.Minute)
@@ -80,4 +84,94 @@ func TestFleetAdmitsExactlyTheLimitInEachMinute(t *testing.T) {
 			t.Logf("%d requests before the end of the minute, %d after, %d passed", before.Load(), after.Load(), passed.Load())
 		})
 	}
+}
+
+// pricedAnswers has a model whose every answer is of another length.
+func pricedAnswers(w http.ResponseWriter, r *http.Request) {
+	tokens := strconv.Itoa(1 + rand.N(100_000))
+	answers(200, "application/json", strings.Replace(completion, `"completion_tokens":200`, `"completion_tokens":`+tokens, 1))(w, r)
+}
+
+// TestFailoverBehindAFleetLosesAndDoublesNothing kills the master behind three Sentinels while four Caddys serve. What the
+// replica that takes over had not received yet is settled all the same.
+func TestFailoverBehindAFleetLosesAndDoublesNothing(t *testing.T) {
+	if testing.Short() {
+		t.Skip("waits for the Sentinels to agree")
+	}
+	master := startRedis(t)
+	replicas := []*redisServer{startReplica(t, master), startReplica(t, master)}
+	store := "address " + strings.Join(startSentinels(t, master, len(replicas)), " ") + "\n\t\tmaster_name main"
+	fleet := startFleet(t, store, "spend_cap_usd 1000000", startUpstream(t, pricedAnswers).address())
+
+	var mu sync.Mutex
+	answered := make(map[string]Money)
+	var stop atomic.Bool
+	var clients sync.WaitGroup
+	for i := range 8 {
+		clients.Go(func() {
+			for !stop.Load() {
+				r := fleet[i%4].post(chatBody)
+				if r.StatusCode != http.StatusOK {
+					t.Errorf("%s %s", r.Status, r.body) // the policy is to degrade
+					return
+				}
+				var said struct{ Cost Money }
+				if err := json.Unmarshal(r.body, &said); err != nil || said.Cost == 0 {
+					t.Errorf("%s: %v", r.body, err)
+				}
+				mu.Lock()
+				answered[r.Header.Get("X-Request-Id")] = said.Cost
+				mu.Unlock()
+			}
+		})
+	}
+	enough := func(n int) {
+		t.Helper()
+		eventually(t, "more is answered", func() bool {
+			mu.Lock()
+			defer mu.Unlock()
+			return len(answered) >= n
+		})
+	}
+	enough(500)
+	master.kill()
+	var next *redisServer
+	eventuallyIn(t, time.Minute, "a replica has taken over", func() bool {
+		for _, replica := range replicas {
+			if strings.Contains(replica.client().Info(t.Context(), "replication").Val(), "role:master") {
+				next = replica
+			}
+		}
+		return next != nil
+	})
+	mu.Lock()
+	before := len(answered)
+	mu.Unlock()
+	enough(before + 500)
+	stop.Store(true)
+	clients.Wait()
+
+	var sum Money
+	for _, cost := range answered {
+		sum += cost
+	}
+	client := next.client()
+	eventuallyIn(t, time.Minute, "all is settled", func() bool {
+		names := client.Keys(t.Context(), "mesh:{*}:account").Val()
+		return len(names) == 1 && client.HGet(t.Context(), names[0], "total").Val() == strconv.FormatInt(int64(sum), 10)
+	})
+	of := strings.TrimSuffix(client.Keys(t.Context(), "mesh:{*}:account").Val()[0], "account")
+	entered := make(map[string]bool)
+	for _, m := range client.XRange(t.Context(), of+"ledger", "-", "+").Val() {
+		e := decodeEvent(t, m.Values["event"].(string))
+		if cost, ok := answered[e.RequestID]; !ok || entered[e.RequestID] || e.Cost != cost {
+			t.Errorf("entered for %s (before: %t), answered for %s: %+v", e.Cost, entered[e.RequestID], cost, e)
+		}
+		entered[e.RequestID] = true
+	}
+	if len(entered) != len(answered) {
+		t.Errorf("%d of %d answers are in the ledger", len(entered), len(answered))
+	}
+	eventuallyIn(t, time.Minute, "nothing is pending", func() bool { return client.HLen(t.Context(), of+"pending").Val() == 0 })
+	t.Logf("%d requests, %d of them before the replica had taken over, for %s USD", len(answered), before, sum)
 }

@@ -1,6 +1,7 @@
 package mesh
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"fmt"
@@ -8,22 +9,35 @@ import (
 	"strings"
 	"time"
 
-	"github.com/oklog/ulid/v2"
 	"github.com/redis/go-redis/v9"
 	"go.uber.org/zap"
 )
 
 const (
-	reapInterval = 10 * time.Second
-	reapTimeout  = time.Second // of one command
+	reapInterval = 6 * time.Second // on average
+	reapTimeout  = time.Second     // of one command
+
+	// reapTurn is for how long a gateway that has begun to reap is the only one: until after its next round, so that it
+	// stays the one, and finds out for itself how long another has been gone.
+	reapTurn = 2 * reapInterval
 
 	// maxPending is after how long a request is taken for lost although its gateway lives. None may take that long: see
 	// (*parser).timeout.
 	maxPending = 26 * time.Hour
 )
 
-// reap is the reaper: it settles, by estimate, what gateways that died left pending. All gateways do that, one at a
-// time where it can be had; if two do, nothing is charged twice.
+// turnLua has a gateway be the one that reaps, unless another is.
+const turnLua = `
+local holder = redis.call('HGET', KEYS[1], 'instance')
+if holder and holder ~= ARGV[1] then
+	return 0
+end
+redis.call('HSET', KEYS[1], 'instance', ARGV[1])
+redis.call('EXPIRE', KEYS[1], ARGV[2])
+return 1`
+
+// reap is the reaper: it settles, by estimate, what gateways that died left pending. One gateway does that for all while
+// it can; if two do, nothing is charged twice.
 func (s *redisStore) reap() {
 	defer close(s.reaped)
 	ctx, cancel := context.WithCancel(context.Background())
@@ -31,7 +45,7 @@ func (s *redisStore) reap() {
 	dead := make(map[string]time.Time) // since when it is known
 	for {
 		select {
-		case <-time.After(reapInterval/2 + rand.N(reapInterval)):
+		case <-time.After(reapPause()):
 		case <-s.stop:
 			return
 		}
@@ -39,36 +53,49 @@ func (s *redisStore) reap() {
 			clear(dead) // whoever could not reach Redis either gets the time of a lease to show up
 			continue
 		}
-		err := s.reapAll(ctx, dead)
-		s.reapTrouble.note(s.logger, err)
+		s.idTrouble.note(s.logger, s.identify(ctx))
+		s.reapTrouble.note(s.logger, s.reapAll(ctx, dead))
 	}
 }
 
-// reapAll goes through the keys once, unless another gateway does.
-func (s *redisStore) reapAll(ctx context.Context, dead map[string]time.Time) error {
-	turn, err := reaping(ctx, func(ctx context.Context) (bool, error) {
-		return s.client.SetNX(ctx, s.shared("reaper"), s.instance, reapInterval/2).Result()
-	})
-	if err != nil || !turn {
-		return err
-	}
+// reapPause returns how long to wait between two rounds: from half of reapInterval to one and a half.
+func reapPause() time.Duration { return reapInterval/2 + rand.N(reapInterval) }
+
+// reapAll goes through the keys once, if it is this gateway's turn. What is wrong with one key does not keep it from the
+// others; it returns the first of what was.
+func (s *redisStore) reapAll(ctx context.Context, dead map[string]time.Time) (first error) {
 	alive := map[string]bool{s.instance: true}
-	for cursor := uint64(0); !s.stopped(); {
+	failed := 0
+	for cursor := uint64(0); !s.stopped() && !s.degraded(); {
+		turn, err := s.takeTurn(ctx)
+		if err != nil || !turn {
+			return cmp.Or(err, first)
+		}
 		var keyIDs []string
-		keyIDs, cursor, err = s.scanKeys(ctx, cursor)
-		if err != nil {
+		if keyIDs, cursor, err = s.scanKeys(ctx, cursor); err != nil {
 			return err
 		}
 		for _, keyID := range keyIDs {
 			if err := s.reapKey(ctx, keyID, alive, dead); err != nil {
-				return fmt.Errorf("key %s: %w", keyID, err)
+				first = cmp.Or(first, fmt.Errorf("key %s: %w", keyID, err))
+				failed++
 			}
 		}
 		if cursor == 0 {
 			break
 		}
 	}
-	return nil
+	if failed > 1 {
+		first = fmt.Errorf("%w (and %d other keys)", first, failed-1)
+	}
+	return first
+}
+
+// takeTurn reports whether it is this gateway that reaps.
+func (s *redisStore) takeTurn(ctx context.Context) (bool, error) {
+	return reaping(ctx, func(ctx context.Context) (bool, error) {
+		return s.client.Eval(ctx, turnLua, []string{s.shared("reaper")}, s.instance, int(reapTurn.Seconds())).Bool()
+	})
 }
 
 // reaping runs one command with a bound.
@@ -84,23 +111,25 @@ func (s *redisStore) scanKeys(ctx context.Context, from uint64) (keyIDs []string
 	return s.client.SScan(ctx, s.shared("keyids"), from, "", 500).Result()
 }
 
-// reapKey settles the lost requests of one key.
-func (s *redisStore) reapKey(ctx context.Context, keyID string, alive map[string]bool, dead map[string]time.Time) error {
+// reapKey settles the lost requests of one key, as far as it can.
+func (s *redisStore) reapKey(ctx context.Context, keyID string, alive map[string]bool, dead map[string]time.Time) (first error) {
 	for cursor := uint64(0); !s.stopped(); {
 		fields, next, err := s.scanPending(ctx, keyID, cursor)
 		if err != nil {
 			return err
 		}
 		for i := 0; i+1 < len(fields); i += 2 {
-			if err := s.reapRequest(ctx, fields[i], fields[i+1], alive, dead); err != nil {
+			err := s.reapRequest(ctx, keyID, fields[i], fields[i+1], alive, dead)
+			if isNetwork(err) {
 				return err
 			}
+			first = cmp.Or(first, err)
 		}
 		if cursor = next; cursor == 0 {
-			return nil
+			break
 		}
 	}
-	return nil
+	return first
 }
 
 func (s *redisStore) scanPending(ctx context.Context, keyID string, from uint64) (fields []string, next uint64, err error) {
@@ -110,18 +139,14 @@ func (s *redisStore) scanPending(ctx context.Context, keyID string, from uint64)
 }
 
 // reapRequest settles one request if it is lost.
-func (s *redisStore) reapRequest(ctx context.Context, requestID, entry string, alive map[string]bool, dead map[string]time.Time) error {
-	parts := strings.SplitN(entry, " ", 5) // minute, day, reserved, instance, event
-	if len(parts) != 5 {
-		return fmt.Errorf("the pending entry of request %s is damaged", requestID)
+func (s *redisStore) reapRequest(ctx context.Context, keyID, requestID, entry string, alive map[string]bool, dead map[string]time.Time) error {
+	instance, e, ok := parsePending(entry)
+	if !ok || e.KeyID != keyID || e.RequestID != requestID {
+		return s.dropDamaged(ctx, keyID, requestID, entry)
 	}
-	isDead, err := s.isDead(ctx, parts[3], alive, dead)
+	isDead, err := s.isDead(ctx, instance, alive, dead)
 	if err != nil || !isDead && !tooOld(requestID, s.now()) {
 		return err
-	}
-	var e Event
-	if err := json.Unmarshal([]byte(parts[4]), &e); err != nil {
-		return fmt.Errorf("the pending entry of request %s is damaged: %w", requestID, err)
 	}
 	e.Time, e.Outcome, e.Estimated = s.now().UTC(), OutcomeLost, true
 	one := settlement{Kind: settleLost, Event: e}
@@ -130,7 +155,31 @@ func (s *redisStore) reapRequest(ctx context.Context, requestID, entry string, a
 	})
 	if err == nil && entered == int64(1) {
 		s.logger.Warn("charged by estimate for a request whose gateway died",
-			zap.String("request_id", requestID), zap.String("key_id", e.KeyID), zap.String("cost_usd", e.Cost.String()))
+			zap.String("request_id", requestID), zap.String("key_id", e.KeyID),
+			zap.String("cost_usd", e.Cost.String()), zap.String("max_cost_usd", e.MaxCost.String()))
+	}
+	return err
+}
+
+// parsePending reads what redis_admit.lua keeps of a request: minute, day, what it reserved, the instance, the event.
+func parsePending(entry string) (instance string, e Event, ok bool) {
+	parts := strings.SplitN(entry, " ", 5)
+	if len(parts) != 5 {
+		return "", e, false
+	}
+	err := json.Unmarshal([]byte(parts[4]), &e)
+	return parts[3], e, err == nil
+}
+
+// dropDamaged deletes a pending entry that nothing can be made of. Its request can still be settled.
+func (s *redisStore) dropDamaged(ctx context.Context, keyID, requestID, entry string) error {
+	one := settlement{Kind: settleDrop, Event: Event{KeyID: keyID, RequestID: requestID}}
+	_, err := reaping(ctx, func(ctx context.Context) (any, error) {
+		return s.settles.run(ctx, s, s.settleKeys(&one.Event), s.settleArgs(&one)...)
+	})
+	if err == nil {
+		s.logger.Error("damaged pending entry, deleted; if the request's gateway died, nothing was charged for it",
+			zap.String("request_id", requestID), zap.String("key_id", keyID), zap.String("entry", entry))
 	}
 	return err
 }
@@ -161,7 +210,6 @@ func (s *redisStore) isDead(ctx context.Context, instance string, alive map[stri
 
 // tooOld reports whether a request began so long ago that it must have ended.
 func tooOld(requestID string, now time.Time) bool {
-	_, encoded, _ := strings.Cut(requestID, "_")
-	id, err := ulid.Parse(encoded)
-	return err == nil && now.Sub(ulid.Time(id.Time())) > maxPending
+	began, ok := requestBegan(requestID)
+	return ok && now.Sub(began) > maxPending
 }

@@ -1,10 +1,14 @@
 package mesh
 
 import (
+	"fmt"
+	"strings"
 	"testing"
 	"time"
 
 	"github.com/oklog/ulid/v2"
+	"go.uber.org/zap"
+	"go.uber.org/zap/zaptest/observer"
 )
 
 // abandon has a store's process die: it settles and shows no sign of life any more.
@@ -26,7 +30,7 @@ func TestRequestsOfAGatewayThatDiedAreChargedByEstimate(t *testing.T) {
 	s := openRedis(t, redisModule(t, server.address))
 	limits := Limits{SpendCap: 1 << 40, Hard: true}
 	lost, settled, alive := newRequestID(), newRequestID(), newRequestID()
-	estimate := Event{Model: "m", SessionID: "s", PromptTokens: 5, Cost: 40, KeyName: "team-a"}
+	estimate := Event{Model: "m", SessionID: "s", PromptTokens: 5, Cost: 40, MaxCost: 90, KeyName: "team-a"}
 	for _, id := range []string{lost, settled} {
 		admitRedis(t, dying, Admission{KeyID: "key", RequestID: id, Limits: limits, MaxCost: 100, Pending: estimate})
 	}
@@ -40,9 +44,9 @@ func TestRequestsOfAGatewayThatDiedAreChargedByEstimate(t *testing.T) {
 		t.Fatal(err)
 	}
 	dead := make(map[string]time.Time)
+	s.client.Del(t.Context(), "mesh:reaper") // it may have been the other's turn
 	reap := func() {
 		t.Helper()
-		s.client.Del(t.Context(), "mesh:reaper")
 		if err := s.reapAll(t.Context(), dead); err != nil {
 			t.Fatal(err)
 		}
@@ -59,7 +63,7 @@ func TestRequestsOfAGatewayThatDiedAreChargedByEstimate(t *testing.T) {
 	if b.pending != 1 || b.entries != 2 || b.total != "47" || b.reserved != "100" {
 		t.Errorf("%+v", b)
 	}
-	if e.Cost != 40 || e.Outcome != OutcomeLost || !e.Estimated || e.KeyName != "team-a" || e.PromptTokens != 5 || e.Time.IsZero() {
+	if e.Cost != 40 || e.MaxCost != 90 || e.Outcome != OutcomeLost || !e.Estimated || e.KeyName != "team-a" || e.PromptTokens != 5 || e.Time.IsZero() {
 		t.Errorf("%+v", e)
 	}
 	s.Settle(Event{RequestID: alive, KeyID: "key", Cost: 3})
@@ -85,19 +89,160 @@ func TestRequestThatIsNeverSettledIsReapedAfterADay(t *testing.T) {
 	}
 }
 
+// reaped has a store look for lost requests of a key that it knows.
+func reaped(t *testing.T, s *redisStore, dead map[string]time.Time, keyIDs ...string) error {
+	t.Helper()
+	for _, keyID := range keyIDs {
+		eventually(t, "the key is registered", func() bool { return s.client.SIsMember(t.Context(), "mesh:keyids", keyID).Val() })
+	}
+	return s.reapAll(t.Context(), dead)
+}
+
+func TestGatewayThatShowsItselfAgainIsAlive(t *testing.T) {
+	server := startRedis(t)
+	away := openRedis(t, redisModule(t, server.address))
+	s := openRedis(t, redisModule(t, server.address))
+	admitRedis(t, away, Admission{KeyID: "key", RequestID: newRequestID()})
+	abandon(t, away)
+	gone := "mesh:instance:" + away.instance
+	s.client.Del(t.Context(), gone, "mesh:reaper")
+	dead := make(map[string]time.Time)
+	for _, step := range []struct {
+		shows   bool
+		known   time.Duration // that it has been known to be gone; 0: not
+		pending int64
+	}{
+		{false, 0, 1},
+		{false, lease / 2, 1},
+		{true, 2 * lease, 1}, // in the last moment
+		{false, 0, 1},        // it has all its time again
+		{false, 2 * lease, 0},
+	} {
+		if since, known := dead[away.instance]; known != (step.known > 0) {
+			t.Fatalf("%+v: dead since %s", step, since)
+		}
+		if step.known > 0 {
+			dead[away.instance] = time.Now().Add(-step.known)
+		}
+		if step.shows {
+			s.client.Set(t.Context(), gone, "1", 0)
+		} else {
+			s.client.Del(t.Context(), gone)
+		}
+		if err := reaped(t, s, dead, "key"); err != nil {
+			t.Fatal(err)
+		}
+		if b := readRedis(t, s, "key"); b.pending != step.pending {
+			t.Errorf("%+v: %d are pending", step, b.pending)
+		}
+	}
+}
+
+func TestWhatIsDamagedDoesNotStopTheReaper(t *testing.T) {
+	server := startRedis(t)
+	logs, logged := observer.New(zap.ErrorLevel)
+	s := openRedis(t, redisModule(t, server.address), func(s *redisStore) { s.logger = zap.New(logs) })
+	old := func() string {
+		return "req_" + ulid.MustNew(ulid.Timestamp(time.Now().Add(-27*time.Hour)), ulid.DefaultEntropy()).String()
+	}
+	ctx := t.Context()
+	const keys = 20 // in no order: some come before those that are damaged, some after
+	var keyIDs []string
+	for i := range keys {
+		keyIDs = append(keyIDs, fmt.Sprint("key", i))
+		admitRedis(t, s, Admission{KeyID: keyIDs[i], RequestID: old(), Pending: Event{Cost: 5}})
+	}
+	hard := Limits{SpendCap: 1 << 40, Hard: true}
+	torn := old()
+	admitRedis(t, s, Admission{KeyID: "key7", RequestID: torn, Limits: hard, MaxCost: 60})
+	whole := s.client.HGet(ctx, s.key("key7", "pending"), torn).Val()
+	s.client.HSet(ctx, s.key("key7", "pending"), torn, whole[:len(whole)-1], "req_nonsense", "nonsense", "req_none", "")
+	s.client.Set(ctx, s.key("wrong", "pending"), "no hash", 0)
+	s.client.SAdd(ctx, "mesh:keyids", "wrong")
+	s.client.Set(ctx, s.key("key9", "usage:"+dayOfRequest(old())), "no hash either", 0)
+
+	s.client.Del(ctx, "mesh:reaper")
+	dead := make(map[string]time.Time)
+	err := reaped(t, s, dead, append(keyIDs, "key7")...)
+	if err == nil || !strings.Contains(err.Error(), "WRONGTYPE") || !strings.Contains(err.Error(), "1 other key") {
+		t.Errorf("%v", err)
+	}
+	for i, keyID := range keyIDs {
+		if b := readRedis(t, s, keyID); i != 9 && (b.pending != 0 || b.entries != 1 || b.total != "5") {
+			t.Errorf("%s: %+v", keyID, b)
+		}
+	}
+	if b := readRedis(t, s, "key7"); b.reserved != "0" {
+		t.Errorf("%s stay reserved for what is damaged", b.reserved)
+	}
+	if b := readRedis(t, s, "key9"); b.pending != 1 || b.entries != 0 || b.total != "" {
+		t.Errorf("what could not be entered was entered in part: %+v", b)
+	}
+	const damaged = "damaged pending entry, deleted; if the request's gateway died, nothing was charged for it"
+	entries := make(map[string]bool)
+	for _, line := range logged.FilterMessage(damaged).All() {
+		entries[line.ContextMap()["entry"].(string)] = true
+	}
+	if len(entries) != 3 || !entries["nonsense"] || !entries[whole[:len(whole)-1]] {
+		t.Errorf("logged: %v", entries)
+	}
+	reaped(t, s, dead) //nolint:errcheck // the same
+	if n := logged.FilterMessage(damaged).Len(); n != 3 {
+		t.Errorf("%d damaged entries logged: they came again", n)
+	}
+	s.Settle(Event{RequestID: torn, KeyID: "key7", Cost: 2}) // its gateway lives
+	settledAll(t, s)
+	if b := readRedis(t, s, "key7"); b.total != "7" || b.ids[torn].Cost != 2 {
+		t.Errorf("%+v", b)
+	}
+}
+
+// What ARCHITECTURE.md promises of a gateway that dies follows from these.
+func TestLostRequestIsChargedAsSoonAsIsPromised(t *testing.T) {
+	const promised, aRound = 45 * time.Second, 5 * time.Second
+	longest := reapInterval/2 + reapInterval // between two rounds
+	for range 1000 {
+		if pause := reapPause(); pause > longest || pause < reapInterval/2 {
+			t.Fatalf("a pause of %s", pause)
+		}
+	}
+	if reapTurn <= longest {
+		t.Errorf("a turn of %s is over before the next round, up to %s later", reapTurn, longest)
+	}
+	// It seems alive for a lease, and if it was its turn, nobody else reaps until that is over. The next round sees that it
+	// is gone; the first that comes a lease later charges.
+	seen := max(lease, reapTurn) + longest
+	charged := seen + lease + longest
+	if charged+aRound > promised {
+		t.Errorf("charged after %s and the time of a round", charged)
+	}
+	if 3*heartbeatInterval > lease {
+		t.Error("two heartbeats that come late end a lease")
+	}
+}
+
 func TestOneReaperAtATime(t *testing.T) {
 	server := startRedis(t)
 	first, second := openRedis(t, redisModule(t, server.address)), openRedis(t, redisModule(t, server.address))
 	old := "req_" + ulid.MustNew(ulid.Timestamp(time.Now().Add(-27*time.Hour)), ulid.DefaultEntropy()).String()
+	first.client.Del(t.Context(), "mesh:reaper")
 	if err := first.reapAll(t.Context(), nil); err != nil {
 		t.Fatal(err)
 	}
 	admitRedis(t, first, Admission{KeyID: "key", RequestID: old})
-	eventually(t, "the key is registered", func() bool { return first.client.SIsMember(t.Context(), "mesh:keyids", "key").Val() })
-	if err := second.reapAll(t.Context(), nil); err != nil {
+	if err := reaped(t, second, nil, "key"); err != nil {
 		t.Fatal(err)
 	}
 	if b := readRedis(t, first, "key"); b.entries != 0 {
 		t.Error("the second reaped in the first one's time")
+	}
+	if ttl := first.client.PTTL(t.Context(), "mesh:reaper").Val(); ttl <= 0 || ttl > reapTurn {
+		t.Errorf("its turn is over in %s", ttl)
+	}
+	if err := reaped(t, first, nil); err != nil {
+		t.Fatal(err)
+	}
+	if b := readRedis(t, first, "key"); b.entries != 1 {
+		t.Error("the first did not go on")
 	}
 }

@@ -28,8 +28,7 @@ type redisServer struct {
 	address string
 	dir     string
 	args    []string
-	child   *os.Process
-	ended   chan struct{}
+	child   *child
 }
 
 func redisBinary(t testing.TB) string {
@@ -71,28 +70,12 @@ func (r *redisServer) socket() string { return filepath.Join(r.dir, "socket") }
 // start runs it; after a kill, with all that it had kept.
 func (r *redisServer) start() {
 	r.t.Helper()
-	cmd := exec.Command(redisBinary(r.t), r.args...)
-	log, err := os.OpenFile(filepath.Join(r.dir, "log"), os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o600)
-	if err != nil {
-		r.t.Fatal(err)
-	}
-	defer log.Close()
-	cmd.Stdout, cmd.Stderr = log, log
-	if err := cmd.Start(); err != nil {
-		r.t.Fatal(err)
-	}
-	ended := make(chan struct{})
-	go func() {
-		defer close(ended)
-		cmd.Wait() //nolint:errcheck // a killed process has no other way to end
-	}()
-	r.child, r.ended = cmd.Process, ended
+	log := filepath.Join(r.dir, "log")
+	r.child = startChild(r.t, exec.Command(redisBinary(r.t), r.args...), log)
 	eventually(r.t, "Redis answers", func() bool {
-		select {
-		case <-ended:
-			said, _ := os.ReadFile(filepath.Join(r.dir, "log"))
+		if r.child.over() {
+			said, _ := os.ReadFile(log)
 			r.t.Fatalf("Redis ended: %s", said)
-		default:
 		}
 		conn, err := net.Dial("unix", r.socket())
 		if err != nil {
@@ -112,8 +95,7 @@ func (r *redisServer) kill() {
 	if r.child == nil {
 		return
 	}
-	r.child.Kill() //nolint:errcheck // it may have ended
-	<-r.ended
+	r.child.end()
 	r.child = nil
 }
 

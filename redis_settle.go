@@ -2,8 +2,8 @@ package mesh
 
 import (
 	"context"
-	"encoding/json"
 	"slices"
+	"strconv"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -15,7 +15,10 @@ import (
 // settlement is one thing to enter into Redis about a request that has ended.
 type settlement struct {
 	Kind  string `json:"kind"`
+	Sent  bool   `json:"sent,omitempty"` // it was sent before, and may have been entered
 	Event Event  `json:"event"`
+
+	entry []byte // Event as the ledger has it, where that is at hand
 }
 
 // The kinds of settlements there are.
@@ -23,12 +26,13 @@ const (
 	settleEvent = "settle" // enter the event
 	settleLost  = "lost"   // enter the event if the request is still pending: it is an estimate
 	settleVoid  = "void"   // undo the admission
+	settleDrop  = "drop"   // give up what is pending
 )
 
 const (
 	maxSettlements = 100_000         // in memory
 	settleBatch    = 256             // in one pipeline
-	settleTimeout  = time.Second     // of one pipeline; nobody waits for it
+	settleTimeout  = time.Second     // of one pipeline, if timeout is not longer; no request waits for it
 	settleRetry    = time.Second     // after one that did not go through
 	destructTime   = 5 * time.Second // for what is unsettled when the store is closed
 )
@@ -80,43 +84,14 @@ func (q *settlements) putBack(batch []settlement) {
 	q.waiting = slices.Concat(batch, q.waiting)
 }
 
-// recentlySettled are those that Redis has taken within the last seconds, for the writer. A Redis that fails may lose
-// what it has confirmed: appendfsync everysec loses a second, and the replica that takes over lacks what had not reached
-// it. They are sent once more after a connection has ended, which charges nothing twice. No command need fail for that: an
-// idle connection that the server has closed is replaced in silence.
-type recentlySettled struct {
-	ended   uint32 // connections, when they were last sent
-	batches []settledBatch
-	count   int
-}
-
-type settledBatch struct {
-	at    time.Time
-	batch []settlement
-}
-
-const (
-	resendWindow = 10 * time.Second
-	maxResent    = 20_000
-	resendAge    = time.Hour // less than Redis remembers what it has settled, even through a long outage
-)
-
-func (r *recentlySettled) add(batch []settlement, now time.Time) {
-	r.batches = append(r.batches, settledBatch{now, batch})
-	r.count += len(batch)
-	for r.count > maxResent || now.Sub(r.batches[0].at) > resendWindow {
-		r.count -= len(r.batches[0].batch)
-		r.batches = r.batches[1:]
-	}
-}
-
 // Settle leaves the event to the writer. The account of this instance is charged at once, in case it has to decide.
 func (s *redisStore) Settle(e Event) {
 	if e.Time.IsZero() {
 		e.Time = s.now()
 	}
 	e.Time, e.Cost = e.Time.UTC(), max(e.Cost, 0)
-	if _, err := encodeEvent(&e); err != nil {
+	entry, err := encodeEvent(&e)
+	if err != nil {
 		s.logger.Error("event that cannot be entered", zap.String("request_id", e.RequestID), zap.Error(err))
 		return
 	}
@@ -125,190 +100,57 @@ func (s *redisStore) Settle(e Event) {
 	account.reserved.release(e.RequestID)
 	account.balance.charge(e.Cost, e.Time)
 	account.mu.Unlock()
-	s.queue.add(settlement{Kind: settleEvent, Event: e})
+	s.queue.add(settlement{Kind: settleEvent, Event: e, entry: entry})
 }
 
-// write is the writer: it enters settlements into Redis, and into the journal where Redis does not take them.
-func (s *redisStore) write() {
-	defer close(s.written)
-	retry := time.NewTimer(0) // what the journal has from before
-	defer retry.Stop()
-	for {
-		select {
-		case <-s.queue.wake:
-		case <-retry.C:
-		case <-s.stop:
-			s.writeLast()
-			return
-		}
-		s.writing.Store(true)
-		for s.writeSome() && !s.stopped() {
-		}
-		s.writing.Store(false)
-		retry.Reset(settleRetry)
-	}
-}
+// fate is what became of a settlement that was sent.
+type fate uint8
 
-func (s *redisStore) stopped() bool {
-	select {
-	case <-s.stop:
-		return true
-	default:
-		return false
-	}
-}
+// The fates there are.
+const (
+	notEntered  fate = iota // as far as is known
+	entered                 // now, or before
+	wasSetAside             // Redis will never take it
+)
 
-// writeLast settles what it can within a bound, and leaves the rest to the journal and the next start.
-func (s *redisStore) writeLast() {
-	for end := time.Now().Add(destructTime); s.writeSome() && time.Now().Before(end); {
-	}
-	for batch := s.queue.take(); len(batch) > 0; batch = s.queue.take() {
-		if err := s.journal.append(batch); err != nil {
-			s.logger.Error("settlements lost: the journal cannot be written", zap.Int("settlements", len(batch)), zap.Error(err))
-		}
-	}
-}
+// What the script returns that is not simply done.
+const enteredOrNot = int64(3) // it cannot be told any more
 
-// writeSome deals with one batch, and reports whether it is worth going on. What is in the journal goes first.
-func (s *redisStore) writeSome() (more bool) {
-	s.reportLost()
-	if !s.degraded() && !s.resend() {
-		return false
-	}
-	batch := s.queue.take()
-	if len(batch) > 0 && !s.degraded() && s.journal.count() == 0 {
-		batch = s.send(batch)
-		if len(batch) == 0 {
-			return true
-		}
-	}
-	if len(batch) > 0 && !s.keepInJournal(batch) {
-		return false
-	}
-	if s.degraded() {
-		return len(batch) > 0
-	}
-	return s.replay() || len(batch) > 0
-}
-
-func (s *redisStore) reportLost() {
-	if n := s.queue.lost.Swap(0); n > 0 {
-		s.logger.Error("settlements lost, and not charged: neither Redis nor the journal takes them", zap.Int64("settlements", n))
-	}
-}
-
-// resend sends once more what a Redis that may have failed since may have lost. It reports whether that went through.
-func (s *redisStore) resend() bool {
-	ended := s.endedConnections()
-	if ended == s.settled.ended {
-		return true
-	}
-	for _, recent := range s.settled.batches {
-		if time.Since(recent.at) > resendAge {
-			continue // it is safe by now, and Redis may soon forget that it has it
-		}
-		for batch := range slices.Chunk(recent.batch, settleBatch) {
-			if left := s.enter(batch); len(left) > 0 {
-				return false
-			}
-		}
-	}
-	s.settled.ended = ended
-	return true
-}
-
-// endedConnections counts those that have ended, for whatever reason.
-func (s *redisStore) endedConnections() uint32 {
-	stats := s.client.PoolStats()
-	ended := stats.StaleConns
-	if pipelines := stats.PipelineStats; pipelines != nil {
-		ended += pipelines.StaleConns
-	}
-	return ended
-}
-
-// keepInJournal writes a batch to the journal, or has it wait in memory.
-func (s *redisStore) keepInJournal(batch []settlement) bool {
-	err := s.journal.append(batch)
-	s.journalTrouble.note(s.logger, err)
-	if err != nil {
-		s.queue.putBack(batch)
-	}
-	return err == nil
-}
-
-// replay enters the journal's oldest batch, and reports whether all of it went through.
-func (s *redisStore) replay() bool {
-	entries, err := s.journal.oldest(settleBatch)
-	if err != nil {
-		s.journalTrouble.note(s.logger, err)
-		return false
-	}
-	if len(entries) == 0 {
-		return false
-	}
-	batch := make([]settlement, len(entries))
-	for i, e := range entries {
-		batch[i] = e.settlement
-	}
-	left := s.send(batch)
-	if len(left) > 0 {
-		return false // all of it once more: what was entered is not entered twice
-	}
-	err = s.journal.remove(entries)
-	s.journalTrouble.note(s.logger, err)
-	return err == nil
-}
-
-// send enters a batch, remembers what went through, and returns the rest.
-func (s *redisStore) send(batch []settlement) (left []settlement) {
-	left = s.enter(batch)
-	if len(left) == 0 {
-		s.settled.add(batch, time.Now())
-		return nil
-	}
-	entered := slices.DeleteFunc(slices.Clone(batch), func(one settlement) bool {
-		return slices.ContainsFunc(left, func(other settlement) bool { return other.Event.RequestID == one.Event.RequestID })
-	})
-	if len(entered) > 0 {
-		s.settled.add(entered, time.Now())
-	}
-	return left
-}
-
-// enter enters a batch with one pipeline, and returns what did not go through. What Redis can never take is set aside.
-func (s *redisStore) enter(batch []settlement) (left []settlement) {
+// enter enters a batch with one pipeline, and returns the fate of each. What Redis can never take is set aside.
+func (s *redisStore) enter(batch []settlement) []fate {
 	ctx, cancel := context.WithTimeout(context.Background(), max(settleTimeout, s.timeout))
 	defer cancel()
 	commands := s.pipeline(ctx, batch, s.settles.queue)
-	var unknown []settlement
+	s.enterWhole(ctx, batch, commands)
+	fates := make([]fate, len(batch))
 	for i, command := range commands {
-		err := command.Err()
-		switch {
-		case mayBeDigest(err) && !s.settles.noDigest.Load():
-			unknown = append(unknown, batch[i])
-		case !s.entered(batch[i], err):
-			left = append(left, batch[i])
-		}
+		fates[i] = s.fate(batch[i], command)
 	}
-	if len(unknown) > 0 {
-		left = append(left, s.enterWhole(ctx, unknown, commands)...)
-	}
-	return left
+	return fates
 }
 
-// enterWhole is for a Redis that did not know the script.
-func (s *redisStore) enterWhole(ctx context.Context, batch []settlement, before []*redis.Cmd) (left []settlement) {
-	commands := s.pipeline(ctx, batch, func(ctx context.Context, pipe redis.Pipeliner, keys []string, args ...any) *redis.Cmd {
-		return s.settles.script.Eval(ctx, pipe, keys, args...)
-	})
-	s.settles.learn(s, before[0].Err(), commands[0].Err())
+// enterWhole is for a Redis that did not know the script: it replaces the commands that failed for that.
+func (s *redisStore) enterWhole(ctx context.Context, batch []settlement, commands []*redis.Cmd) {
+	if s.settles.noDigest.Load() {
+		return
+	}
+	var at []int // places in batch
+	var unknown []settlement
 	for i, command := range commands {
-		if !s.entered(batch[i], command.Err()) {
-			left = append(left, batch[i])
+		if mayBeDigest(command.Err()) {
+			at, unknown = append(at, i), append(unknown, batch[i])
 		}
 	}
-	return left
+	if len(at) == 0 {
+		return
+	}
+	whole := s.pipeline(ctx, unknown, func(ctx context.Context, pipe redis.Pipeliner, keys []string, args ...any) *redis.Cmd {
+		return s.settles.script.Eval(ctx, pipe, keys, args...)
+	})
+	s.settles.learn(s, commands[at[0]].Err(), whole[0].Err())
+	for i, command := range whole {
+		commands[at[i]] = command
+	}
 }
 
 type queueScript func(ctx context.Context, pipe redis.Pipeliner, keys []string, args ...any) *redis.Cmd
@@ -323,18 +165,33 @@ func (s *redisStore) pipeline(ctx context.Context, batch []settlement, queue que
 	return commands
 }
 
-// entered reports whether there is nothing more to do about a settlement that was sent.
-func (s *redisStore) entered(one settlement, err error) bool {
+// fate works out what became of a settlement that was sent.
+func (s *redisStore) fate(one settlement, command *redis.Cmd) fate {
+	err := command.Err()
+	result, answered := command.Val().(int64)
+	if answered {
+		err = nil // a Cluster's client, when it runs out of time for some, says of all that they failed
+	}
 	s.breaker.note(one.Event.KeyID, err)
-	if err == nil || !isScriptFault(err) {
-		return err == nil
+	switch {
+	case isScriptFault(err):
+		s.setAside(one, "event that cannot be entered: Redis has something else in its place; it is set aside in the journal", err)
+		return wasSetAside
+	case err == nil && result == enteredOrNot:
+		s.setAside(one, "event that may have been entered days ago, which Redis does not know any more; it is set aside in the journal", nil)
+		return wasSetAside
+	case err == nil:
+		return entered
 	}
-	s.logger.Error("event that cannot be entered: Redis has something else in its place; it is kept in the journal",
-		zap.String("request_id", one.Event.RequestID), zap.String("key_id", one.Event.KeyID), zap.Error(err))
+	return notEntered
+}
+
+func (s *redisStore) setAside(one settlement, why string, cause error) {
+	s.logger.Error(why, zap.String("request_id", one.Event.RequestID), zap.String("key_id", one.Event.KeyID),
+		zap.String("cost_usd", one.Event.Cost.String()), zap.Error(cause))
 	if err := s.journal.setAside(one); err != nil {
-		s.logger.Error("event lost", zap.String("request_id", one.Event.RequestID), zap.Error(err))
+		s.logger.Error("event lost", zap.Any("event", one.Event), zap.Error(err))
 	}
-	return true
 }
 
 // settleKeys names what the script changes. What is kept for a day goes by the day on which the request began, so that
@@ -345,7 +202,7 @@ func (s *redisStore) settleKeys(e *Event) []string {
 		s.key(e.KeyID, "account"),
 		s.key(e.KeyID, "pending"),
 		s.key(e.KeyID, "done:"+day),
-		s.key(e.KeyID, "lost"),
+		s.key(e.KeyID, "lost:"+day),
 		s.key(e.KeyID, "ledger"),
 		s.key(e.KeyID, "usage:"+day),
 	}
@@ -357,11 +214,23 @@ func (s *redisStore) settleKeys(e *Event) []string {
 
 func (s *redisStore) settleArgs(one *settlement) []any {
 	e := &one.Event
-	entry, _ := json.Marshal(e) // it has been encoded before
+	entry := one.entry
+	if entry == nil {
+		entry, _ = encodeEvent(e) // it has been encoded before
+	}
 	return []any{
 		e.RequestID, one.Kind, entry, s.maxEvents, int64(e.Cost), e.Model,
-		e.PromptTokens, e.CachedTokens, e.CompletionTokens, e.Outcome.failed(),
+		e.PromptTokens, e.CachedTokens, e.CompletionTokens, e.Outcome.failed(), unixOfRequest(e.RequestID), one.Sent,
 	}
+}
+
+// unixOfRequest returns when a request began, in Unix seconds, or nothing where its id does not say.
+func unixOfRequest(requestID string) string {
+	began, ok := requestBegan(requestID)
+	if !ok {
+		return ""
+	}
+	return strconv.FormatInt(began.Unix(), 10)
 }
 
 // failed reports whether the request failed through no wish of its client.

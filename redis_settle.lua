@@ -1,20 +1,39 @@
 -- KEYS: account, pending, done, lost, ledger, usage of the day, usage of the session (if any)
--- ARGV: request id, 'settle' | 'lost' | 'void', entry, entries to keep, cost, model, prompt tokens, cached tokens,
--- completion tokens, '1' if the request failed
--- Returns: 1 if the ledger has the entry now and had none before, 2 if it replaced an estimate, 0 if nothing was to do.
+-- ARGV: request id, 'settle' | 'lost' | 'void' | 'drop', entry, entries to keep, cost, model, prompt tokens, cached tokens,
+-- completion tokens, '1' if the request failed, when the request began (Unix seconds, or ''), '1' if this may have been
+-- entered before
+-- Returns: 1 if the ledger has the entry now and had none before, 2 if it replaced an estimate, 0 if nothing was to do,
+-- 3 if it cannot be told any more whether it was entered before, and nothing was done.
 --
 -- 'settle' enters what a request cost. 'lost' enters an estimate for a request whose gateway died, and does nothing
--- unless the request is still pending. 'void' undoes an admission that the gateway never got to know of.
+-- unless the request is still pending. 'void' undoes an admission that the gateway never got to know of. 'drop' gives up
+-- a pending entry that is damaged; its request may yet be settled.
 local account, pending, done, lost, ledger, usage, session = KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5], KEYS[6], KEYS[7]
-local id, kind, entry, keep = ARGV[1], ARGV[2], ARGV[3], ARGV[4]
-local USAGE_TTL, SESSION_TTL = 400 * DAY, 30 * DAY
+local id, kind, entry, keep, began, repeated = ARGV[1], ARGV[2], ARGV[3], ARGV[4], tonumber(ARGV[11]), ARGV[12] == '1'
+local SESSION_TTL = 30 * DAY
+local CLOCKS = 3600      -- by how much the clock of a gateway may differ
+local MODELS = 200       -- that have sums of their own in a day: where a pattern lets them, clients make names up
+local OTHERS = 'other models' -- no model has a space in its name
 
+-- What a script has done when it breaks off is not undone. Keys of a wrong type are to show before the first change.
+local known = redis.call('SISMEMBER', done, id) == 1
+redis.call('HEXISTS', account, 'total')
+redis.call('XDEL', ledger, '0-1')
+redis.call('HEXISTS', usage, 'models')
+if session then redis.call('HEXISTS', session, 'requests') end
+
+local now = clock()
 local held = redis.call('HGET', pending, id)
+local estimate = kind == 'settle' and redis.call('HGET', lost, id)
 if kind == 'lost' and not held then
 	return 0
 end
+if kind == 'settle' and repeated and not (known or held or estimate) and began and now - began > REQUEST_TTL - CLOCKS then
+	return 3
+end
 if held then
 	local minute, day, reserved = string.match(held, '^(%d+) (%d+) (%d+) ')
+	reserved = reserved or '0'
 	redis.call('HDEL', pending, id)
 	add(account, 'reserved', reserved == '0' and '0' or '-' .. reserved)
 	if kind == 'void' then
@@ -23,11 +42,25 @@ if held then
 		if a[2] == day then add(account, 'day_used', '-1') end
 	end
 end
-
-local first = redis.call('SADD', done, id) == 1
-redis.call('EXPIRE', done, REQUEST_TTL)
-if kind == 'void' then
+if kind == 'drop' then
 	return 0
+end
+
+redis.call('SADD', done, id)
+redis.call('EXPIRE', done, REQUEST_TTL)
+if kind == 'void' or known and not estimate then
+	return 0
+end
+
+local function counted_as(model)
+	if redis.call('HEXISTS', usage, 'requests ' .. model) == 1 then
+		return model
+	end
+	if tonumber(redis.call('HGET', usage, 'models') or '0') >= MODELS then
+		return OTHERS
+	end
+	redis.call('HINCRBY', usage, 'models', '1')
+	return model
 end
 
 local function count(u, sign)
@@ -50,12 +83,7 @@ local function count(u, sign)
 	end
 end
 
-local replaced = false
-if not first then
-	local estimate = kind == 'settle' and redis.call('HGET', lost, id)
-	if not estimate then
-		return 0
-	end
+if estimate then
 	local old = cmsgpack.unpack(estimate)
 	redis.call('HDEL', lost, id)
 	redis.call('XDEL', ledger, old.entry)
@@ -66,11 +94,9 @@ if not first then
 		if a[1] == old.month then add(account, 'month_spent', '-' .. old.cost) end
 		if a[2] == old.day then add(account, 'spend_day_spent', '-' .. old.cost) end
 	end
-	replaced = true
 end
 
-local u = {cost = ARGV[5], model = ARGV[6], prompt = ARGV[7], cached = ARGV[8], completion = ARGV[9], failed = ARGV[10]}
-local now = clock()
+local u = {cost = ARGV[5], model = counted_as(ARGV[6]), prompt = ARGV[7], cached = ARGV[8], completion = ARGV[9], failed = ARGV[10]}
 local a = redis.call('HMGET', account, 'month', 'spend_day')
 local month, day = month_of(now), day_of(now)
 if month > (tonumber(a[1]) or 0) then
@@ -92,6 +118,6 @@ redis.call('EXPIRE', ledger, USAGE_TTL)
 if kind == 'lost' then
 	u.month, u.day, u.entry = a[1], a[2], position
 	redis.call('HSET', lost, id, cmsgpack.pack(u))
-	redis.call('EXPIRE', lost, REQUEST_TTL)
+	redis.call('EXPIRE', lost, USAGE_TTL)
 end
-return replaced and 2 or 1
+return estimate and 2 or 1

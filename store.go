@@ -58,8 +58,9 @@ type Admission struct {
 	KeyID     string
 	RequestID string
 	Limits    Limits
-	MaxCost   Money // the most the request can cost; a hard cap must have room for it
-	Pending   Event // what a store that several gateways share charges if this one dies before it settles the request
+	MaxCost   Money         // the most the request can cost; a hard cap must have room for it
+	Waited    time.Duration // for the store already, to find the key
+	Pending   Event         // what a store that several gateways share charges if this one dies before it settles the request
 }
 
 // Limits are what a key may use. Zero values mean no limit.
@@ -131,6 +132,7 @@ type Event struct {
 	CompletionTokens int64 `json:"completion_tokens"`
 	Estimated        bool  `json:"estimated,omitempty"` // the tokens are an estimate, because the upstream did not say
 	Cost             Money `json:"cost_usd"`
+	MaxCost          Money `json:"max_cost_usd,omitempty"` // of a lost request: the most it can have cost; 0 where nothing bounds that
 }
 
 // Outcome is how an admitted request ended.

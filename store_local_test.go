@@ -81,7 +81,13 @@ func ledger(t testing.TB, s *localStore) (ids []string, sum Money) {
 // eventually polls until ok.
 func eventually(t testing.TB, what string, ok func() bool) {
 	t.Helper()
-	for end := time.Now().Add(20 * time.Second); time.Now().Before(end); time.Sleep(5 * time.Millisecond) {
+	eventuallyIn(t, 20*time.Second, what, ok)
+}
+
+// eventuallyIn polls until ok, for longer than eventually does.
+func eventuallyIn(t testing.TB, bound time.Duration, what string, ok func() bool) {
+	t.Helper()
+	for end := time.Now().Add(bound); time.Now().Before(end); time.Sleep(5 * time.Millisecond) {
 		if ok() {
 			return
 		}
@@ -89,13 +95,15 @@ func eventually(t testing.TB, what string, ok func() bool) {
 	t.Fatalf("never happened: %s", what)
 }
 
-func TestConcurrentAdmitsNeverPassTheLimit(t *testing.T) {
-	s := openLocal(t, filepath.Join(t.TempDir(), "mesh.db"), clock(at(t, "2026-11-24T10:00:00Z")))
+// admitAtOnce sends 500 requests of one key with a limit of 60 a minute to some stores, all at once.
+func admitAtOnce(t *testing.T, stores ...Store) {
+	t.Helper()
 	var admitted, refused atomic.Int64
 	var wg sync.WaitGroup
-	for range 500 {
+	for i := range 500 {
 		wg.Go(func() {
-			switch v, err := s.Admit(t.Context(), Admission{KeyID: "key", Limits: Limits{RPM: 60}}); {
+			a := Admission{KeyID: "key", RequestID: requestID(i), Limits: Limits{RPM: 60}}
+			switch v, err := stores[i%len(stores)].Admit(t.Context(), a); {
 			case err != nil:
 				t.Error(err)
 			case v.Refused == "":
@@ -109,6 +117,10 @@ func TestConcurrentAdmitsNeverPassTheLimit(t *testing.T) {
 	if admitted.Load() != 60 || refused.Load() != 440 {
 		t.Fatalf("admitted %d and refused %d, want 60 and 440", admitted.Load(), refused.Load())
 	}
+}
+
+func TestConcurrentAdmitsNeverPassTheLimit(t *testing.T) {
+	admitAtOnce(t, openLocal(t, filepath.Join(t.TempDir(), "mesh.db"), clock(at(t, "2026-11-24T10:00:00Z"))))
 }
 
 func TestSettlingTwiceChargesOnce(t *testing.T) {

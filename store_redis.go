@@ -95,7 +95,7 @@ type RedisStore struct {
 // redisConfig is a RedisStore with its defaults filled in and its placeholders resolved.
 type redisConfig struct {
 	mode      string // for the log
-	identity  string // of the data in Redis, without credentials
+	identity  string // of where the data in Redis is, without credentials
 	prefix    string
 	timeout   time.Duration
 	refuse    bool
@@ -110,6 +110,8 @@ const (
 
 	onFailureDegrade = "degrade"
 	onFailureRefuse  = "refuse"
+
+	modeCluster = "cluster"
 )
 
 // CaddyModule returns the Caddy module information.
@@ -202,7 +204,7 @@ func (r *RedisStore) mode() string {
 	case r.MasterName != "":
 		return "sentinel"
 	case len(r.Addresses) > 1:
-		return "cluster"
+		return modeCluster
 	}
 	return "one server"
 }
@@ -326,6 +328,7 @@ type redisStore struct {
 	journal  *redisJournal
 	keys     *keyCache
 	settled  recentlySettled
+	writer   redisWriter
 	writing  atomic.Bool // the writer has something in hand
 	broke    int         // how often in a row a digest broke the connection and a whole script did not; is the heart's
 
@@ -336,6 +339,7 @@ type redisStore struct {
 
 	journalTrouble trouble // is the writer's
 	reapTrouble    trouble // is the reaper's
+	idTrouble      trouble // is the reaper's
 }
 
 func newRedisStore(options redis.UniversalOptions, config redisConfig) *redisStore {
@@ -351,7 +355,8 @@ func newRedisStore(options redis.UniversalOptions, config redisConfig) *redisSto
 		logger:      logger,
 
 		journalTrouble: trouble{message: "the journal cannot be written; settlements wait in memory"},
-		reapTrouble:    trouble{message: "requests of gateways that died cannot be looked for"},
+		reapTrouble:    trouble{message: "requests of gateways that died cannot be looked for, or not everywhere"},
+		idTrouble:      trouble{message: "which Redis this is cannot be found out; the journal's entries from when it had other addresses wait"},
 
 		stop:    make(chan struct{}),
 		written: make(chan struct{}),
@@ -379,12 +384,15 @@ func (s *redisStore) open() (err error) {
 	if s.journal, err = openRedisJournal(s.redisConfig.journal, s.identity); err != nil {
 		return errors.Join(fmt.Errorf("journal %s: %w", s.redisConfig.journal, err), s.client.Close())
 	}
+	s.journal.logger = s.logger
 	s.breaker.logger = s.logger
 	s.tellBreaker()
 	if err := s.beat(context.Background()); isRefusedCredentials(err) {
 		return errors.Join(err, s.journal.close(), s.client.Close())
 	} else if err != nil {
 		s.breaker.trip("", err)
+	} else {
+		s.idTrouble.note(s.logger, s.identify(context.Background()))
 	}
 	s.logger.Info("shared store",
 		zap.String("mode", s.mode),
@@ -393,7 +401,7 @@ func (s *redisStore) open() (err error) {
 		zap.Int("in_journal", s.journal.count()),
 		zap.Int("set_aside", s.journal.countAside()))
 	if n := s.journal.others(); n > 0 {
-		s.logger.Warn("the journal has entries for a Redis at other addresses, or of another db or key_prefix",
+		s.logger.Warn("the journal has entries for another Redis, or for this one as far as it cannot be asked",
 			zap.String("journal", s.redisConfig.journal), zap.Int("entries", n))
 	}
 	s.keys.open()

@@ -42,6 +42,9 @@ func (x *exchange) settle(store Store, req *chatRequest, s *served) {
 		e.Status, e.Error = s.refusal.status, s.refusal.code
 	}
 	u := s.usage
+	if s.known {
+		x.h.answers.note(u.completion)
+	}
 	if !s.known && s.prompt {
 		u = usage{prompt: req.prompt.estimate(req.body), completion: s.text.estimate()}
 		e.Estimated = true
