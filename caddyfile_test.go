@@ -3,9 +3,12 @@ package mesh
 import (
 	"bytes"
 	"encoding/json"
+	"errors"
 	"flag"
 	"os"
 	"path/filepath"
+	"regexp"
+	"slices"
 	"strings"
 	"testing"
 
@@ -105,5 +108,36 @@ func TestBadCaddyfileIsRefusedWithFileAndLine(t *testing.T) {
 			}
 			compareGolden(t, path, caddyfile, want, err.Error()+"\n")
 		})
+	}
+}
+
+// TestCaddyfilesOfTheReadmeAreValid adapts what the README shows, be it a site, what stands in one, or in a mesh block.
+func TestCaddyfilesOfTheReadmeAreValid(t *testing.T) {
+	text, err := os.ReadFile("README.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	const gateway = "key {env.TEAM_B_KEY}\nupstream given http://localhost:1/v1\nmodel given/* given\n"
+	adapted := 0
+	for _, block := range regexp.MustCompile("(?s)```caddyfile\n(.*?)```").FindAllStringSubmatch(string(text), -1) {
+		if strings.Contains(block[1], "<path>") || strings.Contains(block[1], " exec ") { // all of the syntax; a plugin
+			continue
+		}
+		var errs []error
+		for _, around := range []string{
+			"%s",
+			"(gateway) {\n" + gateway + "}\nhttp://localhost {\n%s}\n",
+			"http://localhost {\nmesh {\n" + gateway + "%s}\n}\n",
+		} {
+			_, _, err := caddyconfig.GetAdapter("caddyfile").Adapt([]byte(strings.Replace(around, "%s", block[1], 1)), nil)
+			errs = append(errs, err)
+		}
+		if !slices.Contains(errs, nil) {
+			t.Errorf("%s%v", block[1], errors.Join(errs...))
+		}
+		adapted++
+	}
+	if adapted < 5 {
+		t.Errorf("only %d were found", adapted)
 	}
 }
