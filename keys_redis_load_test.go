@@ -81,7 +81,7 @@ func TestThousandRequestsWithOneKeyAreOneCommand(t *testing.T) {
 	keys := server.keys()
 	keys.mustWrite(t, secretNumber(1), &Key{id: "a", Name: "one"})
 	c := openCache(t, keys)
-	eventually(t, "the subscription has begun", func() bool { c.mu.Lock(); defer c.mu.Unlock(); return c.era > 0 })
+	eventually(t, "the subscription has begun", c.listens)
 	before := server.calls("hmget")
 	var all sync.WaitGroup
 	begin := make(chan struct{})

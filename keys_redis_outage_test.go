@@ -34,21 +34,18 @@ func TestKeysInRedisOutliveAnOutageThatNoRequestWaitsFor(t *testing.T) {
 		for _, onFailure := range []string{onFailureDegrade, onFailureRefuse} {
 			t.Run(name+", "+onFailure, func(t *testing.T) {
 				server := startRedis(t, "--appendfsync", "no")
-				relay := startRelay(t, server.address)
-				module := redisModule(t, relay.address())
-				module.Timeout = caddy.Duration(500 * time.Millisecond)
-				module.OnFailure = onFailure
-				s := openRedis(t, module)
 				const n = 1000
 				keys := server.keys()
 				for i := range n {
 					keys.mustWrite(t, secretNumber(i), &Key{id: "a", Name: "known"})
 				}
-				eventually(t, "all keys are known, and the subscription is there", func() bool {
-					s.keys.mu.Lock()
-					listens := s.keys.era > 0
-					s.keys.mu.Unlock()
-					return listens && !s.degraded() && findKeys(t, s, n) == n
+				relay := startRelay(t, server.address)
+				module := redisModule(t, relay.address())
+				module.Timeout = caddy.Duration(500 * time.Millisecond)
+				module.OnFailure = onFailure
+				s := openRedis(t, module)
+				eventually(t, "all keys are known", func() bool {
+					return s.keys.listens() && !s.degraded() && findKeys(t, s, n) == n
 				})
 				s.keys.changed(digest{}, true)
 				commands := countCommands(s, nil)
@@ -63,8 +60,9 @@ func TestKeysInRedisOutliveAnOutageThatNoRequestWaitsFor(t *testing.T) {
 				if k, err := s.FindKey(t.Context(), secretNumber(n)); !errors.Is(err, errUnavailable) {
 					t.Errorf("a key that was never seen: %v, %v", k, err)
 				}
-				if n := commands.of("hmget"); n > maxFailures || !s.degraded() {
-					t.Errorf("%d lookups reached for Redis, degraded: %t; want %d at most", n, s.degraded(), maxFailures)
+				const most = maxFailures + 1 // a request gives up a moment before its lookup does, and lets the next one begin
+				if n := commands.of("hmget"); n > most || !s.degraded() {
+					t.Errorf("%d lookups reached for Redis, degraded: %t; want %d at most", n, s.degraded(), most)
 				}
 
 				outage.end(server, relay)

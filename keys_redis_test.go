@@ -32,6 +32,13 @@ func openCache(t testing.TB, source keySource) *keyCache {
 	return c
 }
 
+// listens reports whether the subscription has begun. A lookup that is under way then is not kept.
+func (c *keyCache) listens() bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.era > 0
+}
+
 func (s *redisKeys) mustWrite(t testing.TB, secret digest, k *Key) {
 	t.Helper()
 	if err := s.write(t.Context(), secret, k); err != nil {

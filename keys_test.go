@@ -104,10 +104,11 @@ func TestStoreIsAskedOnlyForWhatMayBeAKey(t *testing.T) {
 
 func TestOutageIsNotTheFaultOfAKey(t *testing.T) {
 	server := startRedis(t)
+	secret, _ := digestOf(otherKey)
+	server.keys().mustWrite(t, secret, &Key{id: "known"}) // before there is anybody to hear of it: what a message has named is not served
 	up := startUpstream(t, answers(200, "application/json", completion))
 	g := startGateway(t, up.address(), keyedSite(server, ""))
-	secret, _ := digestOf(otherKey)
-	server.keys().mustWrite(t, secret, &Key{id: "known"})
+	eventually(t, "changes to keys are heard of", runningStore().keys.listens)
 	known := func() *reply { return g.post(chatBody, "Authorization", "Bearer "+otherKey) }
 	soon(t, "the key works", func() bool { return known().StatusCode == 200 })
 	server.kill()
