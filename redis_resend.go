@@ -41,7 +41,8 @@ const (
 	// maxResent is how many are kept at most, which at more than 2,000 a second is less than resendWindow.
 	maxResent = 20_000
 
-	// resendAge is after how long an outage they are not sent any more: Redis will soon have forgotten what it has settled.
+	// resendAge is after how long an outage they are not sent any more. A request may have begun a day before it was settled,
+	// and Redis knows for three days what it has settled.
 	resendAge = 24 * time.Hour
 
 	// Where connections end all the time, as in a Cluster with a part that does not answer, this is how often all is sent again.

@@ -291,3 +291,13 @@ func TestAnswerThatIsLostInALongOutageDoublesNothing(t *testing.T) {
 		t.Error("is not set aside for somebody to look at")
 	}
 }
+
+// The numbers that ARCHITECTURE.md has of what an outage can lose, or leave for somebody to look at.
+func TestWhatAnOutageCanCostIsAsPromised(t *testing.T) {
+	if settleTimeout > time.Second || settleBatch > 256 {
+		t.Errorf("a pipeline of %d may take %s", settleBatch, settleTimeout)
+	}
+	if resendWindow < 10*time.Second || settledKept < resendWindow+heartbeatInterval+settleTimeout || maxResent < 20_000 {
+		t.Errorf("what Redis confirmed is kept for %s, or up to %d", settledKept, maxResent)
+	}
+}
