@@ -13,6 +13,7 @@ type account struct {
 	mu       sync.Mutex
 	balance  balance
 	reserved reservations
+	faulty   bool           // the log says that Redis has something else in its place
 	unsaved  bool           // the writer has been told that there is something new
 	settled  []settledEvent // not yet with the writer; their costs are in balance already
 }
@@ -139,6 +140,20 @@ func (t tally) add(cost Money) (sum, added tally) {
 func addCost(m, cost Money) (sum, added Money) {
 	sum = m.plus(cost)
 	return sum, sum - m
+}
+
+// keepSpend has the spend of each period be no less than other says.
+func (b *balance) keepSpend(other *balance) {
+	b.Total = max(b.Total, other.Total)
+	b.Month = b.Month.atLeast(other.Month)
+	b.SpendDay = b.SpendDay.atLeast(other.SpendDay)
+}
+
+func (t tally) atLeast(other tally) tally {
+	if other.Start == t.Start {
+		t.Sum = max(t.Sum, other.Sum)
+	}
+	return t
 }
 
 // refund takes a charge back. What was charged to a window that has ended since is gone with it.

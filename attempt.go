@@ -100,7 +100,7 @@ func (h *upstreamHealth) note(r result) {
 		}
 		return
 	}
-	if h.failures.Load() == 0 {
+	if h.failures.Load() == 0 && !h.down.Load() {
 		return
 	}
 	h.failures.Store(0)

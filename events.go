@@ -192,9 +192,10 @@ func (c *capSet) first(key capKey, period capPeriod) bool {
 	return true
 }
 
-// noteCap emits the event of a key whose spend cap has refused a request.
+// noteCap emits the event of a key that has spent up to its cap. A hard cap also refuses what is only too large for the
+// rest of it.
 func (x *exchange) noteCap(limits Limits, v Verdict) {
-	if v.Refused != LimitSpend {
+	if v.Refused != LimitSpend || v.Spend < limits.SpendCap {
 		return
 	}
 	period := capPeriod{limit: limits.SpendCap, unit: limits.SpendPeriod}

@@ -204,6 +204,30 @@ func TestImpatientClientsTakeNoUpstreamDown(t *testing.T) {
 	}
 }
 
+// TestRequestThatIsTooLargeForAHardCapIsNoEvent keeps the event for when the cap is reached.
+func TestRequestThatIsTooLargeForAHardCapIsNoEvent(t *testing.T) {
+	up := startUpstream(t, answers(200, "application/json", completion))
+	g := startGatewayWith(t, recordEvents(t), up.address(), capped("0.1 month hard"))
+	if r := g.post(chatFor("test/priced", `"max_tokens":1000000`)); r.StatusCode != http.StatusPaymentRequired {
+		t.Fatalf("%s %s", r.Status, r.body)
+	}
+	flushEvents(t)
+	if got := eventsNamed(eventSpendCapReached); len(got) != 0 {
+		t.Errorf("got %v", got)
+	}
+}
+
+// TestUpstreamThatAnsweredBetweenTwoFailuresComesUp: these are counted without a lock, so that an answer may come between the
+// last failure's count and its event.
+func TestUpstreamThatAnsweredBetweenTwoFailuresComesUp(t *testing.T) {
+	h := &upstreamHealth{name: "up"}
+	h.down.Store(true)
+	h.note(resultAnswered)
+	if h.down.Load() {
+		t.Error("it stays down")
+	}
+}
+
 func TestStoreThatIsLostAndFoundIsTwoEvents(t *testing.T) {
 	server := startRedis(t)
 	up := startUpstream(t, answers(200, "application/json", completion))

@@ -141,6 +141,9 @@ func (k *keySet) series(label string) *keySeries {
 	defer k.mu.Unlock()
 	if k.count >= maxKeySeries {
 		label = otherKeys
+		if found, ok := k.byLabel.Load(label); ok {
+			return found.(*keySeries)
+		}
 	}
 	found, existed := k.byLabel.LoadOrStore(label, newKeySeries(label))
 	if !existed {

@@ -8,6 +8,7 @@ import (
 	"time"
 
 	"github.com/oklog/ulid/v2"
+	"go.uber.org/zap"
 )
 
 // Admit asks Redis, whose clock decides. With what the request has waited before, it takes no longer than the timeout,
@@ -35,6 +36,9 @@ func (s *redisStore) Admit(ctx context.Context, a Admission) (Verdict, error) {
 		err = context.DeadlineExceeded
 	}
 	s.breaker.noteTimed(a.KeyID, err)
+	if isScriptFault(err) {
+		s.reportFault(a.KeyID, err)
+	}
 	if err != nil {
 		return s.admitUnanswered(a, unanswered(err))
 	}
@@ -43,6 +47,19 @@ func (s *redisStore) Admit(ctx context.Context, a Admission) (Verdict, error) {
 		return Verdict{}, err
 	}
 	return verdict, nil
+}
+
+// reportFault logs, once for each key, that its data in Redis is not what a script expects.
+func (s *redisStore) reportFault(keyID string, cause error) {
+	account := s.accounts.of(keyID)
+	account.mu.Lock()
+	reported := account.faulty
+	account.faulty = true
+	account.mu.Unlock()
+	if !reported {
+		s.logger.Error("Redis has something else in place of a key's account; on_failure decides on its requests",
+			zap.String("key_id", keyID), zap.Error(cause))
+	}
 }
 
 // These are returned without asking.
@@ -66,8 +83,8 @@ func (s *redisStore) admitWithout(a Admission, cause error) (Verdict, error) {
 // undone.
 func (s *redisStore) admitUnanswered(a Admission, cause error) (Verdict, error) {
 	verdict, err := s.admitWithout(a, cause)
-	if (err != nil || verdict.Refused != "") && a.RequestID != "" {
-		s.queue.add(settlement{Kind: settleVoid, Event: Event{KeyID: a.KeyID, RequestID: a.RequestID}})
+	if err != nil || verdict.Refused != "" {
+		s.void(a)
 	}
 	return verdict, err
 }
@@ -153,18 +170,44 @@ func (s *redisStore) readVerdict(reply any, a Admission) (Verdict, error) {
 	default:
 		b.Total = v.Spend
 	}
-	s.remember(a, v.Refused == "", b)
+	var fits bool
+	v.Spend, fits = s.remember(a, v.Refused == "", b, now)
+	if v.Refused == "" && !fits {
+		s.void(a)
+		v.Refused = LimitSpend
+		v.Minute.Used, v.Day.Used = v.Minute.Used-1, v.Day.Used-1
+	}
 	return v, nil
 }
 
 // remember has the account of this instance say what Redis said last. Answers may overtake one another; then it is
-// behind by as much.
-func (s *redisStore) remember(a Admission, admitted bool, b balance) {
+// behind by as much. What this instance has admitted without Redis, and Redis does not know yet, it goes on counting:
+// fits reports whether the cap has room for the request beside that too.
+func (s *redisStore) remember(a Admission, admitted bool, b balance, now time.Time) (spend Money, fits bool) {
 	account := s.accounts.of(a.KeyID)
 	account.mu.Lock()
 	defer account.mu.Unlock()
+	if s.unsettled() {
+		b.keepSpend(&account.balance)
+	}
 	account.balance = b
-	if admitted && a.Limits.Hard {
+	account.reserved.release(a.RequestID)
+	spend, _ = b.spent(now, a.Limits.SpendPeriod)
+	fits = refusal(a.Limits, spend, account.reserved.sum.plus(a.MaxCost), 0, 0) == ""
+	if admitted && fits && a.Limits.Hard {
 		account.reserved.hold(a.RequestID, a.MaxCost)
+	}
+	return spend, fits
+}
+
+// unsettled reports whether something that this instance has charged is not yet in Redis.
+func (s *redisStore) unsettled() bool {
+	return s.writing.Load() || s.queue.any() || s.journal.count() > 0
+}
+
+// void undoes an admission.
+func (s *redisStore) void(a Admission) {
+	if a.RequestID != "" {
+		s.queue.add(settlement{Kind: settleVoid, Event: Event{KeyID: a.KeyID, RequestID: a.RequestID}})
 	}
 }

@@ -79,7 +79,6 @@ func (b *breaker) trip(suspect string, err error) {
 		return
 	}
 	b.suspect = suspect
-	b.trouble.note(b.logger, err)
 	b.isOpen.Store(true)
 	close(b.opening.Load().(chan struct{}))
 	if b.turned != nil {
@@ -89,6 +88,7 @@ func (b *breaker) trip(suspect string, err error) {
 	case b.changed <- struct{}{}:
 	default:
 	}
+	b.trouble.note(b.logger, err) // last: a log may be slow to take it, and no request is to wait meanwhile
 }
 
 // close lets commands through again.

@@ -19,6 +19,10 @@ const (
 	firstProbe = 100 * time.Millisecond // from the breaker's opening to the first try
 	lastProbe  = 2 * time.Second        // between later tries
 
+	// calm is for how long the breaker must have been closed for its next opening to be another outage. A Redis that answers
+	// the heart and not the requests is tried ever more rarely.
+	calm = 10 * time.Second
+
 	registerInterval = time.Hour
 	registerTTL      = 3 * 24 * time.Hour
 )
@@ -84,12 +88,15 @@ func (s *redisStore) live() {
 		select {
 		case <-timer.C:
 			s.tryRedis()
+			s.tellKeys() // those it could not tell of before
 			if time.Since(registered) > registerInterval {
 				s.accounts.registerAll()
 				registered = time.Now()
 			}
 		case <-s.breaker.changed:
-			probe = firstProbe
+			if time.Since(s.recovered) > calm {
+				probe = firstProbe
+			}
 		case <-s.accounts.unregistered:
 			s.tellKeys()
 			continue
@@ -104,7 +111,6 @@ func (s *redisStore) live() {
 // nextBeat returns how long to wait. Gateways that lost the same Redis at the same time do not ask for it in step.
 func (s *redisStore) nextBeat(probe *time.Duration) time.Duration {
 	if !s.degraded() {
-		*probe = firstProbe
 		return heartbeatInterval
 	}
 	wait := *probe
@@ -131,6 +137,7 @@ func (s *redisStore) tryRedis() {
 	if err != nil {
 		return
 	}
+	s.recovered = time.Now()
 	s.breaker.close()
 	s.accounts.registerAll() // Redis may have come back with less than it had
 	s.queue.call()
@@ -190,7 +197,7 @@ func (s *redisStore) tellKeys() {
 			s.accounts.mu.Lock()
 			s.accounts.unknown = append(s.accounts.unknown, keyIDs...)
 			s.accounts.mu.Unlock()
-			return // the next key, or the next hour, has them told
+			return // the next beat has them told
 		}
 		keyIDs = keyIDs[n:]
 	}

@@ -107,12 +107,15 @@ func isTimeout(err error) bool {
 func isBroken(err error) bool { return isNetwork(err) && !isTimeout(err) }
 
 // isScriptFault reports whether a script broke off because of what it found, as it will again: most likely data that
-// is not the gateway's.
+// is not the gateway's. All else that stops a script may pass: a Redis that cannot save or is a replica by now, a right
+// that its user lacks. Before version 7, Redis puts its own words around either.
 func isScriptFault(err error) bool {
 	if err == nil || isNetwork(err) {
 		return false
 	}
-	return redis.HasErrorPrefix(err, "WRONGTYPE") || isGeneral(err) && strings.Contains(err.Error(), "user_script")
+	said := err.Error()
+	return strings.Contains(said, "WRONGTYPE ") || // a field of another kind; what Lua says of a value of another kind
+		strings.Contains(said, "is not an integer") || strings.Contains(said, "user_script:") && strings.Contains(said, "attempt to ")
 }
 
 // isGeneral reports whether an answer is an error of no particular kind.

@@ -57,6 +57,12 @@ func (q *settlements) add(one settlement) {
 	q.call()
 }
 
+func (q *settlements) any() bool {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	return len(q.waiting) > 0
+}
+
 func (q *settlements) call() {
 	select {
 	case q.wake <- struct{}{}:
@@ -123,8 +129,13 @@ func (s *redisStore) enter(batch []settlement) []fate {
 	commands := s.pipeline(ctx, batch, s.settles.queue)
 	s.enterWhole(ctx, batch, commands)
 	fates := make([]fate, len(batch))
+	var failed bool // a pipeline that comes to nothing is one failure, however much is in it
 	for i, command := range commands {
-		fates[i] = s.fate(batch[i], command)
+		var err error
+		if fates[i], err = s.fate(batch[i], command); fates[i] == notEntered && !failed {
+			failed = true
+			s.breaker.note(batch[i].Event.KeyID, err)
+		}
 	}
 	return fates
 }
@@ -165,25 +176,24 @@ func (s *redisStore) pipeline(ctx context.Context, batch []settlement, queue que
 	return commands
 }
 
-// fate works out what became of a settlement that was sent.
-func (s *redisStore) fate(one settlement, command *redis.Cmd) fate {
+// fate works out what became of a settlement that was sent, and why it was not entered.
+func (s *redisStore) fate(one settlement, command *redis.Cmd) (fate, error) {
 	err := command.Err()
 	result, answered := command.Val().(int64)
 	if answered {
 		err = nil // a Cluster's client, when it runs out of time for some, says of all that they failed
 	}
-	s.breaker.note(one.Event.KeyID, err)
 	switch {
 	case isScriptFault(err):
 		s.setAside(one, "event that cannot be entered: Redis has something else in its place; it is set aside in the journal", err)
-		return wasSetAside
+		return wasSetAside, nil
 	case err == nil && result == enteredOrNot:
 		s.setAside(one, "event that may have been entered days ago, which Redis does not know any more; it is set aside in the journal", nil)
-		return wasSetAside
+		return wasSetAside, nil
 	case err == nil:
-		return entered
+		return entered, nil
 	}
-	return notEntered
+	return notEntered, err
 }
 
 func (s *redisStore) setAside(one settlement, why string, cause error) {

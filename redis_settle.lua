@@ -20,6 +20,7 @@ local known = redis.call('SISMEMBER', done, id) == 1
 redis.call('HEXISTS', account, 'total')
 redis.call('XDEL', ledger, '0-1')
 redis.call('HEXISTS', usage, 'models')
+redis.call('HEXISTS', lost, id)
 if session then redis.call('HEXISTS', session, 'requests') end
 
 local now = clock()

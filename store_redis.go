@@ -322,15 +322,16 @@ type redisStore struct {
 	now      func() time.Time
 	logger   *zap.Logger
 
-	breaker  *breaker
-	accounts redisAccounts
-	queue    settlements
-	journal  *redisJournal
-	keys     *keyCache
-	settled  recentlySettled
-	writer   redisWriter
-	writing  atomic.Bool // the writer has something in hand
-	broke    int         // how often in a row a digest broke the connection and a whole script did not; is the heart's
+	breaker   *breaker
+	accounts  redisAccounts
+	queue     settlements
+	journal   *redisJournal
+	keys      *keyCache
+	settled   recentlySettled
+	writer    redisWriter
+	writing   atomic.Bool // the writer has something in hand
+	recovered time.Time   // when the breaker was last closed; is the heart's
+	broke     int         // how often in a row a digest broke the connection and a whole script did not; is the heart's
 
 	stop    chan struct{}
 	written chan struct{} // the writer has ended
