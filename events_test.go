@@ -232,8 +232,10 @@ func TestStoreThatIsLostAndFoundIsTwoEvents(t *testing.T) {
 	server := startRedis(t)
 	up := startUpstream(t, answers(200, "application/json", completion))
 	g := startGatewayWith(t, recordEvents(t), up.address(), strings.Replace(site(""), "store local $DIR/mesh.db",
-		"store redis "+server.address+" {\n\t\ttimeout 2s\n\t\tjournal $DIR/journal.db\n\t}", 1))
-	g.post(chatBody)
+		"store redis "+server.address+" {\n\t\ttimeout 5s\n\t\tjournal $DIR/journal.db\n\t}", 1))
+	if r := g.post(chatBody); r.StatusCode != http.StatusOK {
+		t.Fatalf("%s %s", r.Status, r.body)
+	}
 	server.kill()
 	eventually(t, "the event of an outage", func() bool {
 		g.post(chatBody)

@@ -33,7 +33,7 @@ func TestKeysInRedisOutliveAnOutageThatNoRequestWaitsFor(t *testing.T) {
 	for name, outage := range outages {
 		for _, onFailure := range []string{onFailureDegrade, onFailureRefuse} {
 			t.Run(name+", "+onFailure, func(t *testing.T) {
-				server := startRedis(t, "--appendfsync", "no")
+				server := startRedis(t)
 				const n = 1000
 				keys := server.keys()
 				for i := range n {

@@ -131,7 +131,7 @@ func TestSubscriberNoticesThatItsConnectionIsDead(t *testing.T) {
 	server := startRedis(t)
 	r := startRelay(t, server.address)
 	subscriber := server.keys(func(o *redis.Options) { o.Addr = r.address() })
-	subscriber.quiet = time.Second
+	subscriber.quiet = 3 * time.Second // an answer may take as long
 	var all, one atomic.Int64
 	stop := subscriber.WatchKeys(func(_ digest, isAll bool) {
 		if isAll {

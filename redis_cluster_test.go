@@ -39,7 +39,7 @@ func startCluster(t testing.TB) []*redisServer {
 			}
 		}
 	}
-	eventually(t, "the cluster is whole", func() bool {
+	eventuallyIn(t, time.Minute, "the cluster is whole", func() bool {
 		for _, n := range nodes {
 			info := n.client().ClusterInfo(t.Context()).Val()
 			if !strings.Contains(info, "cluster_state:ok") || !strings.Contains(info, "cluster_slots_ok:16384") {
@@ -191,7 +191,7 @@ func startReplica(t testing.TB, master *redisServer) *redisServer {
 	t.Helper()
 	_, port, _ := net.SplitHostPort(master.address)
 	replica := startRedis(t, "--replicaof", "127.0.0.1 "+port, "--repl-diskless-sync-delay", "0")
-	eventually(t, "the replica has caught up", func() bool {
+	eventuallyIn(t, time.Minute, "the replica has caught up", func() bool {
 		return strings.Contains(replica.client().Info(t.Context(), "replication").Val(), "master_link_status:up")
 	})
 	return replica
@@ -205,7 +205,7 @@ func startSentinels(t testing.TB, master *redisServer, replicas int) (list []str
 	}
 	for _, address := range list {
 		c := redis.NewSentinelClient(&redis.Options{Addr: address, DisableIdentity: true, Protocol: 2})
-		eventually(t, "the Sentinels know each other and the replicas", func() bool {
+		eventuallyIn(t, time.Minute, "the Sentinels know each other and the replicas", func() bool {
 			m := c.Master(t.Context(), "main").Val()
 			return m["num-other-sentinels"] == "2" && m["num-slaves"] == strconv.Itoa(replicas)
 		})
@@ -249,7 +249,7 @@ func TestSentinelFailoverLosesAndDoublesNothing(t *testing.T) {
 	replica := startReplica(t, master)
 	module := redisModule(t, startSentinels(t, master, 1)...)
 	module.MasterName = "main"
-	module.Timeout = caddy.Duration(500 * time.Millisecond)
+	module.Timeout = caddy.Duration(outageTimeout)
 	s := openRedis(t, module)
 	if s.degraded() || s.mode != "sentinel" {
 		t.Fatalf("mode %s, degraded: %t", s.mode, s.degraded())
@@ -267,7 +267,7 @@ func TestSentinelFailoverLosesAndDoublesNothing(t *testing.T) {
 		run()
 	}
 	master.kill()
-	eventually(t, "the replica has taken over", func() bool {
+	eventuallyIn(t, time.Minute, "the replica has taken over", func() bool {
 		run()
 		time.Sleep(time.Millisecond)
 		return !s.degraded() && strings.Contains(replica.client().Info(t.Context(), "replication").Val(), "role:master")

@@ -35,59 +35,59 @@ var outages = map[string]struct{ begin, end func(*redisServer, *relay) }{
 	},
 }
 
+// outageTimeout is that of stores which an outage is tried on: long, so that nothing but an outage is late.
+const outageTimeout = 3 * time.Second
+
 func TestDegradedKeysWorkWithinTheLimitsOfTheInstance(t *testing.T) {
 	for name, outage := range outages {
 		t.Run(name, func(t *testing.T) {
 			server := startRedis(t)
 			relay := startRelay(t, server.address)
 			module := redisModule(t, relay.address())
-			module.Timeout = caddy.Duration(200 * time.Millisecond)
+			module.Timeout = caddy.Duration(outageTimeout)
 			logs, logged := observer.New(zap.InfoLevel)
 			s := openRedis(t, module, func(s *redisStore) {
 				s.logger = zap.New(logs)
 				s.now = func() time.Time { return at(t, "2026-11-24T10:00:00Z") }
+				s.redisClock(s.now())
 			})
-			s.redisClock(s.now())
 			limits := Limits{RPM: 100, RPD: 1000, SpendCap: 1000}
 			want := make(map[string]Money)
-			request := func(i int) (Verdict, time.Duration) {
+			request := func() Verdict {
+				t.Helper()
 				id := newRequestID()
 				began := time.Now()
 				v, err := s.Admit(t.Context(), Admission{KeyID: "key", RequestID: id, Limits: limits})
-				took := time.Since(began)
 				if err != nil {
 					t.Fatal(err)
+				}
+				if took := time.Since(began); took > 2*outageTimeout {
+					t.Errorf("a request took %s", took)
 				}
 				if v.Refused == "" {
 					s.Settle(Event{RequestID: id, KeyID: "key", Cost: 1})
 					want[id] = 1
 				}
-				return v, took
+				return v
 			}
 			for i := range 40 {
-				if v, _ := request(i); v.Refused != "" || s.degraded() {
+				if v := request(); v.Refused != "" || s.degraded() {
 					t.Fatalf("%d: %+v", i, v)
 				}
 			}
 			settledAll(t, s)
+			commands := countCommands(s, nil)
+			asked := func() int { return commands.of("evalsha " + s.admits.script.Hash()) }
 			outage.begin(server, relay)
-			var slow int
 			for i := range 60 {
-				v, took := request(i)
-				if v.Refused != "" || v.Minute.Used != int64(41+i) {
+				if v := request(); v.Refused != "" || v.Minute.Used != int64(41+i) {
 					t.Fatalf("%d: %+v", i, v)
 				}
-				if took > 2*time.Second {
-					t.Errorf("a request took %s", took)
-				}
-				if took > 50*time.Millisecond {
-					slow++
-				}
 			}
-			if !s.degraded() || slow > 2*maxFailures {
-				t.Errorf("%d requests had to wait; degraded: %t", slow, s.degraded())
+			if n := asked(); n > maxFailures || !s.degraded() {
+				t.Errorf("%d requests had to wait; degraded: %t", n, s.degraded())
 			}
-			if v, _ := request(0); v.Refused != LimitRPM {
+			if v := request(); v.Refused != LimitRPM {
 				t.Errorf("passes the limit it knows of: %+v", v)
 			}
 			// and, to be sent again, what Redis had confirmed
@@ -95,11 +95,14 @@ func TestDegradedKeysWorkWithinTheLimitsOfTheInstance(t *testing.T) {
 
 			outage.end(server, relay)
 			settledAll(t, s)
-			s.redisClock(s.now())
-			// what it was asked when it did not answer it may have counted all the same
-			if v, _ := request(0); v.Minute.Used < 41 || v.Minute.Used > 41+maxFailures || s.degraded() {
-				t.Errorf("Redis does not count again: %+v", v)
-			}
+			eventually(t, "Redis counts again", func() bool {
+				v := request()
+				if v.Minute.Used < 41 {
+					t.Fatalf("Redis has lost count: %+v", v)
+				}
+				// what it was asked when it did not answer it may have counted all the same
+				return v.Minute.Used <= int64(40+asked()) && !s.degraded()
+			})
 			settledAll(t, s)
 			expectBalance(t, s, "key", want)
 			if n := logged.FilterLevelExact(zapcore.ErrorLevel).Len(); n != 1 {
@@ -118,7 +121,7 @@ func TestRefusedForAnOutageIsNoLimitAndQuick(t *testing.T) {
 			server := startRedis(t)
 			relay := startRelay(t, server.address)
 			module := redisModule(t, relay.address())
-			module.Timeout = caddy.Duration(200 * time.Millisecond)
+			module.Timeout = caddy.Duration(outageTimeout)
 			module.OnFailure = "refuse"
 			s := openRedis(t, module)
 			admitRedis(t, s, Admission{KeyID: "key", RequestID: newRequestID()})
@@ -129,7 +132,7 @@ func TestRefusedForAnOutageIsNoLimitAndQuick(t *testing.T) {
 				if err == nil || v != (Verdict{}) {
 					t.Fatalf("%+v, %v", v, err)
 				}
-				if took := time.Since(began); took > 2*time.Second {
+				if took := time.Since(began); took > 2*outageTimeout {
 					t.Errorf("took %s", took)
 				}
 			}
@@ -188,7 +191,7 @@ func TestManyAtOnceWaitNoLongerThanOneWhenRedisGoes(t *testing.T) {
 	server := startRedis(t)
 	relay := startRelay(t, server.address)
 	module := redisModule(t, relay.address())
-	module.Timeout = caddy.Duration(200 * time.Millisecond)
+	timeout := time.Duration(module.Timeout)
 	s := openRedis(t, module)
 	admitRedis(t, s, Admission{KeyID: "key"})
 	relay.hush()
@@ -211,7 +214,7 @@ func TestManyAtOnceWaitNoLongerThanOneWhenRedisGoes(t *testing.T) {
 		}
 	}
 	wg.Wait()
-	if took := time.Duration(slowest.Load()); took > 2*time.Second {
+	if took := time.Duration(slowest.Load()); took >= 2*timeout {
 		t.Errorf("the slowest of 300 took %s", took)
 	}
 	var wait time.Duration
@@ -220,7 +223,7 @@ func TestManyAtOnceWaitNoLongerThanOneWhenRedisGoes(t *testing.T) {
 		s.Admit(t.Context(), Admission{KeyID: "key"})
 		wait += time.Since(began)
 	}
-	if wait > time.Second {
+	if wait >= timeout {
 		t.Errorf("1000 requests to an open breaker took %s", wait)
 	}
 }
