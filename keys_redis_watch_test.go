@@ -143,7 +143,7 @@ func TestSubscriberNoticesThatItsConnectionIsDead(t *testing.T) {
 	t.Cleanup(stop)
 	eventually(t, "the subscription has begun", func() bool { return all.Load() == 1 })
 	pings := server.calls("ping")
-	eventually(t, "it is quiet", func() bool { return server.calls("ping") >= pings+2 }) // and that alone is no reason
+	eventuallyIn(t, time.Minute, "it is quiet", func() bool { return server.calls("ping") >= pings+2 }) // and that alone is no reason
 	writer := server.keys()
 	writer.mustWrite(t, secretNumber(1), &Key{id: "a"})
 	eventually(t, "a change is heard of", func() bool { return one.Load() == 1 })
@@ -152,7 +152,7 @@ func TestSubscriberNoticesThatItsConnectionIsDead(t *testing.T) {
 	}
 	r.lose()
 	writer.mustWrite(t, secretNumber(1), &Key{id: "b"})
-	eventually(t, "everything may have changed", func() bool { return all.Load() == 2 })
+	eventuallyIn(t, time.Minute, "everything may have changed", func() bool { return all.Load() == 2 })
 	writer.mustWrite(t, secretNumber(1), &Key{id: "c"})
 	eventually(t, "changes are heard of again", func() bool { return one.Load() == 2 })
 }

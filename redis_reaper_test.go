@@ -11,23 +11,18 @@ import (
 	"go.uber.org/zap/zaptest/observer"
 )
 
-// abandon has a store's process die: it settles and shows no sign of life any more.
-func abandon(t *testing.T, s *redisStore) {
+// openReaper opens a store that reaps when the test has it do so. It shows no sign of life, as if its process had died.
+func openReaper(t *testing.T, server *redisServer, change ...func(*redisStore)) *redisStore {
 	t.Helper()
-	close(s.stop)
-	<-s.reaped
-	<-s.written
-	<-s.beaten
-	s.client.Close()
-	if err := s.journal.close(); err != nil {
-		t.Error(err)
-	}
+	s := openStill(t, redisModule(t, server.address), change...)
+	s.stop = make(chan struct{}) // a store that stops does not reap
+	t.Cleanup(func() { close(s.stop) })
+	return s
 }
 
 func TestRequestsOfAGatewayThatDiedAreChargedByEstimate(t *testing.T) {
 	server := startRedis(t)
-	dying := openRedis(t, redisModule(t, server.address))
-	s := openRedis(t, redisModule(t, server.address))
+	dying, s := openReaper(t, server), openReaper(t, server)
 	limits := Limits{SpendCap: 1 << 40, Hard: true}
 	lost, settled, alive := newRequestID(), newRequestID(), newRequestID()
 	estimate := Event{Model: "m", SessionID: "s", PromptTokens: 5, Cost: 40, MaxCost: 90, KeyName: "team-a"}
@@ -35,16 +30,11 @@ func TestRequestsOfAGatewayThatDiedAreChargedByEstimate(t *testing.T) {
 		admitRedis(t, dying, Admission{KeyID: "key", RequestID: id, Limits: limits, MaxCost: 100, Pending: estimate})
 	}
 	dying.Settle(Event{RequestID: settled, KeyID: "key", Cost: 7})
-	settledAll(t, dying)
-	eventually(t, "the key is registered", func() bool { return s.client.SIsMember(t.Context(), "mesh:keyids", "key").Val() })
+	dying.work()
+	dying.tellKeys()
 	admitRedis(t, s, Admission{KeyID: "key", RequestID: alive, Limits: limits, MaxCost: 100, Pending: estimate})
 
-	abandon(t, dying)
-	if err := s.client.Del(t.Context(), "mesh:instance:"+dying.instance).Err(); err != nil { // its lease runs out
-		t.Fatal(err)
-	}
 	dead := make(map[string]time.Time)
-	s.client.Del(t.Context(), "mesh:reaper") // it may have been the other's turn
 	reap := func() {
 		t.Helper()
 		if err := s.reapAll(t.Context(), dead); err != nil {
@@ -68,19 +58,19 @@ func TestRequestsOfAGatewayThatDiedAreChargedByEstimate(t *testing.T) {
 	}
 	s.Settle(Event{RequestID: alive, KeyID: "key", Cost: 3})
 	s.Settle(Event{RequestID: lost, KeyID: "key", Cost: 11}) // it had only been away
-	settledAll(t, s)
+	s.work()
 	expectBalance(t, s, "key", map[string]Money{lost: 11, settled: 7, alive: 3})
 }
 
 func TestRequestThatIsNeverSettledIsReapedAfterADay(t *testing.T) {
-	s := openRedis(t, redisModule(t, startRedis(t).address))
+	s := openReaper(t, startRedis(t))
 	old := "req_" + ulid.MustNew(ulid.Timestamp(time.Now().Add(-27*time.Hour)), ulid.DefaultEntropy()).String()
 	fresh := newRequestID()
 	for _, id := range []string{old, fresh} {
 		admitRedis(t, s, Admission{KeyID: "key", RequestID: id, Pending: Event{Cost: 5}})
 	}
-	eventually(t, "the key is registered", func() bool { return s.client.SIsMember(t.Context(), "mesh:keyids", "key").Val() })
-	if err := s.reapAll(t.Context(), map[string]time.Time{}); err != nil {
+	s.tellKeys()
+	if err := s.reapAll(t.Context(), make(map[string]time.Time)); err != nil {
 		t.Fatal(err)
 	}
 	b := readRedis(t, s, "key")
@@ -89,23 +79,12 @@ func TestRequestThatIsNeverSettledIsReapedAfterADay(t *testing.T) {
 	}
 }
 
-// reaped has a store look for lost requests of a key that it knows.
-func reaped(t *testing.T, s *redisStore, dead map[string]time.Time, keyIDs ...string) error {
-	t.Helper()
-	for _, keyID := range keyIDs {
-		eventually(t, "the key is registered", func() bool { return s.client.SIsMember(t.Context(), "mesh:keyids", keyID).Val() })
-	}
-	return s.reapAll(t.Context(), dead)
-}
-
 func TestGatewayThatShowsItselfAgainIsAlive(t *testing.T) {
 	server := startRedis(t)
-	away := openRedis(t, redisModule(t, server.address))
-	s := openRedis(t, redisModule(t, server.address))
+	away, s := openReaper(t, server), openReaper(t, server)
 	admitRedis(t, away, Admission{KeyID: "key", RequestID: newRequestID()})
-	abandon(t, away)
+	away.tellKeys()
 	gone := "mesh:instance:" + away.instance
-	s.client.Del(t.Context(), gone, "mesh:reaper")
 	dead := make(map[string]time.Time)
 	for _, step := range []struct {
 		shows   bool
@@ -129,7 +108,7 @@ func TestGatewayThatShowsItselfAgainIsAlive(t *testing.T) {
 		} else {
 			s.client.Del(t.Context(), gone)
 		}
-		if err := reaped(t, s, dead, "key"); err != nil {
+		if err := s.reapAll(t.Context(), dead); err != nil {
 			t.Fatal(err)
 		}
 		if b := readRedis(t, s, "key"); b.pending != step.pending {
@@ -141,7 +120,7 @@ func TestGatewayThatShowsItselfAgainIsAlive(t *testing.T) {
 func TestWhatIsDamagedDoesNotStopTheReaper(t *testing.T) {
 	server := startRedis(t)
 	logs, logged := observer.New(zap.ErrorLevel)
-	s := openRedis(t, redisModule(t, server.address), func(s *redisStore) { s.logger = zap.New(logs) })
+	s := openReaper(t, server, func(s *redisStore) { s.logger = zap.New(logs) })
 	old := func() string {
 		return "req_" + ulid.MustNew(ulid.Timestamp(time.Now().Add(-27*time.Hour)), ulid.DefaultEntropy()).String()
 	}
@@ -161,9 +140,9 @@ func TestWhatIsDamagedDoesNotStopTheReaper(t *testing.T) {
 	s.client.SAdd(ctx, "mesh:keyids", "wrong")
 	s.client.Set(ctx, s.key("key9", "usage:"+dayOfRequest(old())), "no hash either", 0)
 
-	s.client.Del(ctx, "mesh:reaper")
+	s.tellKeys()
 	dead := make(map[string]time.Time)
-	err := reaped(t, s, dead, append(keyIDs, "key7")...)
+	err := s.reapAll(ctx, dead)
 	if err == nil || !strings.Contains(err.Error(), "WRONGTYPE") || !strings.Contains(err.Error(), "1 other key") {
 		t.Errorf("%v", err)
 	}
@@ -186,12 +165,12 @@ func TestWhatIsDamagedDoesNotStopTheReaper(t *testing.T) {
 	if len(entries) != 3 || !entries["nonsense"] || !entries[whole[:len(whole)-1]] {
 		t.Errorf("logged: %v", entries)
 	}
-	reaped(t, s, dead) //nolint:errcheck // the same
+	s.reapAll(ctx, dead) //nolint:errcheck // the same
 	if n := logged.FilterMessage(damaged).Len(); n != 3 {
 		t.Errorf("%d damaged entries logged: they came again", n)
 	}
 	s.Settle(Event{RequestID: torn, KeyID: "key7", Cost: 2}) // its gateway lives
-	settledAll(t, s)
+	s.work()
 	if b := readRedis(t, s, "key7"); b.total != "7" || b.ids[torn].Cost != 2 {
 		t.Errorf("%+v", b)
 	}
@@ -223,23 +202,25 @@ func TestLostRequestIsChargedAsSoonAsIsPromised(t *testing.T) {
 
 func TestOneReaperAtATime(t *testing.T) {
 	server := startRedis(t)
-	first, second := openRedis(t, redisModule(t, server.address)), openRedis(t, redisModule(t, server.address))
+	first, second := openReaper(t, server), openReaper(t, server)
+	dead := make(map[string]time.Time)
 	old := "req_" + ulid.MustNew(ulid.Timestamp(time.Now().Add(-27*time.Hour)), ulid.DefaultEntropy()).String()
-	first.client.Del(t.Context(), "mesh:reaper")
-	if err := first.reapAll(t.Context(), nil); err != nil {
+	if err := first.reapAll(t.Context(), dead); err != nil {
 		t.Fatal(err)
 	}
+	if ttl := first.client.PTTL(t.Context(), "mesh:reaper").Val(); ttl <= 0 || ttl > reapTurn {
+		t.Errorf("its turn is over in %s", ttl)
+	}
+	first.client.Persist(t.Context(), "mesh:reaper") // however slow the test is
 	admitRedis(t, first, Admission{KeyID: "key", RequestID: old})
-	if err := reaped(t, second, nil, "key"); err != nil {
+	first.tellKeys()
+	if err := second.reapAll(t.Context(), dead); err != nil {
 		t.Fatal(err)
 	}
 	if b := readRedis(t, first, "key"); b.entries != 0 {
 		t.Error("the second reaped in the first one's time")
 	}
-	if ttl := first.client.PTTL(t.Context(), "mesh:reaper").Val(); ttl <= 0 || ttl > reapTurn {
-		t.Errorf("its turn is over in %s", ttl)
-	}
-	if err := reaped(t, first, nil); err != nil {
+	if err := first.reapAll(t.Context(), dead); err != nil {
 		t.Fatal(err)
 	}
 	if b := readRedis(t, first, "key"); b.entries != 1 {
