@@ -74,3 +74,33 @@ func BenchmarkPath(b *testing.B) {
 		}
 	}
 }
+
+func BenchmarkBearer(b *testing.B) {
+	r := httptest.NewRequest(http.MethodPost, "/v1/chat/completions", nil)
+	r.Header["Authorization"] = []string{"Bearer " + testKey}
+	b.ReportAllocs()
+	for b.Loop() {
+		if _, ok := bearer(r); !ok {
+			b.Fatal("no key")
+		}
+	}
+}
+
+func BenchmarkReadAnswer(b *testing.B) {
+	body := []byte(completion)
+	b.SetBytes(int64(len(body)))
+	b.ReportAllocs()
+	for b.Loop() {
+		if said := readAnswer(body, nil); !said.hasUsage {
+			b.Fatal("no usage")
+		}
+	}
+}
+
+func BenchmarkDescribeLimits(b *testing.B) {
+	header := make(http.Header)
+	b.ReportAllocs()
+	for b.Loop() {
+		Limits{RPM: 60, RPD: 10_000}.describe(Verdict{Minute: Window{Used: 12, Reset: 30e9}, Day: Window{Used: 345, Reset: 3600e9}}, header)
+	}
+}
