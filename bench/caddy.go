@@ -77,17 +77,29 @@ func (r *rig) startCaddy(ctx context.Context, name, site string) (*server, error
 // adminTimeout is long because a profile takes as long as it is asked to.
 const adminTimeout = 2 * time.Minute
 
-// ask sends a request to the admin endpoint, and a GET once more where the connection broke: each reload replaces the
-// endpoint, and breaks what it is answering.
-func (c *caddy) ask(ctx context.Context, method, path string, body []byte) ([]byte, error) {
-	answer, err := c.askOnce(ctx, method, path, body)
-	if _, broken := errors.AsType[*url.Error](err); !broken || method != http.MethodGet {
-		return answer, err
+// adminTries is how often something is asked of an admin endpoint whose connections break.
+const adminTries = 5
+
+// get asks the admin endpoint for something.
+func (c *caddy) get(ctx context.Context, path string) ([]byte, error) {
+	answer, _, err := c.ask(ctx, http.MethodGet, path, nil)
+	return answer, err
+}
+
+// ask sends a request to the admin endpoint, and again where the connection broke: each reload replaces the endpoint, and
+// breaks what it is answering, be it that reload. It returns how often it asked.
+func (c *caddy) ask(ctx context.Context, method, path string, body []byte) (answer []byte, times int, err error) {
+	for {
+		times++
+		answer, err = c.askOnce(ctx, method, path, body)
+		broken, ok := errors.AsType[*url.Error](err)
+		if !ok || broken.Timeout() || times == adminTries {
+			return answer, times, err
+		}
+		if err := wait(ctx, time.Duration(times)*500*time.Millisecond); err != nil {
+			return nil, times, err
+		}
 	}
-	if err := wait(ctx, 500*time.Millisecond); err != nil {
-		return nil, err
-	}
-	return c.askOnce(ctx, method, path, body)
 }
 
 // askOnce uses a connection of its own, so that none is counted as the server's load.
@@ -116,17 +128,18 @@ func (c *caddy) askOnce(ctx context.Context, method, path string, body []byte) (
 	return answer, nil
 }
 
-// reload loads the configuration again, as `caddy reload --force` does.
-func (c *caddy) reload(ctx context.Context) error {
-	_, err := c.ask(ctx, http.MethodPost, "/load", c.caddyfile)
-	return err
+// reload loads the configuration again, as `caddy reload --force` does. It returns how often it had that done: more than
+// once where no answer came.
+func (c *caddy) reload(ctx context.Context) (times int, err error) {
+	_, times, err = c.ask(ctx, http.MethodPost, "/load", c.caddyfile)
+	return times, err
 }
 
 // live returns how many bytes heap and stacks take after a garbage collection.
 func (c *caddy) live(ctx context.Context) (bytes float64, err error) {
 	var profile []byte
 	for range 2 { // what a finalizer lets go is gone after the second
-		if profile, err = c.ask(ctx, http.MethodGet, "/debug/pprof/heap?gc=1&debug=1", nil); err != nil {
+		if profile, err = c.get(ctx, "/debug/pprof/heap?gc=1&debug=1"); err != nil {
 			return 0, err
 		}
 	}
@@ -141,7 +154,7 @@ func (c *caddy) live(ctx context.Context) (bytes float64, err error) {
 }
 
 func (c *caddy) goroutines(ctx context.Context) (float64, error) {
-	profile, err := c.ask(ctx, http.MethodGet, "/debug/pprof/goroutine?debug=1", nil)
+	profile, err := c.get(ctx, "/debug/pprof/goroutine?debug=1")
 	if err != nil {
 		return 0, err
 	}
@@ -159,7 +172,7 @@ func numberAfter(text []byte, mark string) (n float64, err error) {
 // profile writes a CPU profile of the time to come.
 func (c *caddy) profile(ctx context.Context, path string, d time.Duration) error {
 	seconds := max(1, int(d.Seconds()))
-	profile, err := c.ask(ctx, http.MethodGet, fmt.Sprintf("/debug/pprof/profile?seconds=%d", seconds), nil)
+	profile, err := c.get(ctx, fmt.Sprintf("/debug/pprof/profile?seconds=%d", seconds))
 	if err != nil {
 		return err
 	}
@@ -168,7 +181,7 @@ func (c *caddy) profile(ctx context.Context, path string, d time.Duration) error
 
 // waiting returns how many settlements wait in a journal. It is an error where the gateway says it is degraded.
 func (c *caddy) waiting(ctx context.Context) (n int64, err error) {
-	said, err := c.ask(ctx, http.MethodGet, "/mesh/health", nil)
+	said, err := c.get(ctx, "/mesh/health")
 	if err != nil {
 		return 0, err
 	}

@@ -147,10 +147,11 @@ func every(ctx context.Context, d time.Duration, f func()) {
 
 func (s *endurance) reload(ctx context.Context) {
 	for _, g := range s.gateways {
+		times, err := g.caddy.reload(ctx)
 		s.mu.Lock()
-		g.reloads++
+		g.reloads += times
 		s.mu.Unlock()
-		if err := g.caddy.reload(ctx); err != nil {
+		if err != nil {
 			s.fail("%s: reload: %v", g.name, err)
 		}
 	}
