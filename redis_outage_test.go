@@ -105,8 +105,10 @@ func TestDegradedKeysWorkWithinTheLimitsOfTheInstance(t *testing.T) {
 			})
 			settledAll(t, s)
 			expectBalance(t, s, "key", want)
-			if n := logged.FilterLevelExact(zapcore.ErrorLevel).Len(); n != 1 {
-				t.Errorf("%d errors logged: %v", n, logged.All())
+			failures := logged.FilterLevelExact(zapcore.ErrorLevel)
+			// the reaper may have two of its own to tell of, should its turn come before the breaker opens
+			if n := failures.FilterMessage(s.failureMode()).Len(); n != 1 || failures.Len() > 3 {
+				t.Errorf("the outage is in the log %d times: %v", n, logged.All())
 			}
 			if n := logged.FilterMessage("recovered").Len(); n != 1 {
 				t.Errorf("the end was logged %d times", n)
