@@ -110,7 +110,7 @@ func TestDegradedKeysWorkWithinTheLimitsOfTheInstance(t *testing.T) {
 			if n := failures.FilterMessage(s.failureMode()).Len(); n != 1 || failures.Len() > 3 {
 				t.Errorf("the outage is in the log %d times: %v", n, logged.All())
 			}
-			if n := logged.FilterMessage("recovered").Len(); n != 1 {
+			if n := logged.FilterMessage("recovered").FilterField(zap.String("from", s.failureMode())).Len(); n != 1 {
 				t.Errorf("the end was logged %d times", n)
 			}
 		})
