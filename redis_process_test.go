@@ -19,7 +19,7 @@ func TestWholeAnswersAreInTheLedgerOnceWhateverIsKilled(t *testing.T) {
 	if testing.Short() {
 		t.Skip("takes most of a minute: two leases must run out")
 	}
-	server := startRedis(t)
+	server := startRedis(t, "--appendfsync", "always")
 	relay := startRelay(t, server.address)
 	up := startUpstream(t, func(w http.ResponseWriter, r *http.Request) {
 		time.Sleep(5 * time.Millisecond)
