@@ -27,14 +27,14 @@ func findKeys(t *testing.T, s *redisStore, n int) (found int) {
 	return found
 }
 
-// TestKeysInRedisOutliveAnOutageThatNoRequestWaitsFor sends all the lookups of a thousand keys, none of which is fresh,
-// into an outage.
+// TestKeysInRedisOutliveAnOutageThatNoRequestWaitsFor sends a thousand requests with keys that have to be
+// looked up into an outage.
 func TestKeysInRedisOutliveAnOutageThatNoRequestWaitsFor(t *testing.T) {
 	for name, outage := range outages {
 		for _, onFailure := range []string{onFailureDegrade, onFailureRefuse} {
 			t.Run(name+", "+onFailure, func(t *testing.T) {
 				server := startRedis(t)
-				const n = 1000
+				const n = 200
 				keys := server.keys()
 				for i := range n {
 					keys.mustWrite(t, secretNumber(i), &Key{id: "a", Name: "known"})
@@ -54,8 +54,10 @@ func TestKeysInRedisOutliveAnOutageThatNoRequestWaitsFor(t *testing.T) {
 				if onFailure == onFailureDegrade {
 					want = n
 				}
-				if found := findKeys(t, s, n); found != want {
-					t.Errorf("%d keys outlive the outage, want %d", found, want)
+				for range 5 {
+					if found := findKeys(t, s, n); found != want {
+						t.Errorf("%d keys outlive the outage, want %d", found, want)
+					}
 				}
 				if k, err := s.FindKey(t.Context(), secretNumber(n)); !errors.Is(err, errUnavailable) {
 					t.Errorf("a key that was never seen: %v, %v", k, err)
