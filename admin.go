@@ -37,6 +37,16 @@ type storeStatus struct {
 	Waiting   int    `json:"waiting"`    // settlements that wait in a journal until it can be reached again
 }
 
+// eachOpenStore calls fn for each open store that has a status, with its key in stores.
+func eachOpenStore(fn func(key string, s storeStatus)) {
+	stores.Range(func(key, v any) bool {
+		if s, ok := v.(interface{ status() storeStatus }); ok {
+			fn(key.(string), s.status())
+		}
+		return true
+	})
+}
+
 func health(w http.ResponseWriter, r *http.Request) error {
 	if r.Method != http.MethodGet {
 		return caddy.APIError{HTTPStatus: http.StatusMethodNotAllowed, Err: errors.New("method not allowed")}
@@ -46,12 +56,7 @@ func health(w http.ResponseWriter, r *http.Request) error {
 		Stores []storeStatus `json:"stores"`
 	}{Status: "ok", Stores: []storeStatus{}}
 	code := http.StatusOK
-	stores.Range(func(_, v any) bool {
-		if s, ok := v.(interface{ status() storeStatus }); ok {
-			answer.Stores = append(answer.Stores, s.status())
-		}
-		return true
-	})
+	eachOpenStore(func(_ string, s storeStatus) { answer.Stores = append(answer.Stores, s) })
 	slices.SortFunc(answer.Stores, func(a, b storeStatus) int { return cmp.Compare(a.Store, b.Store) })
 	if slices.ContainsFunc(answer.Stores, func(s storeStatus) bool { return s.Degraded }) {
 		answer.Status, code = "degraded", http.StatusServiceUnavailable

@@ -8,6 +8,15 @@ import (
 
 var errYear = errors.New("its time is in a year that JSON cannot say")
 
+// finish makes e what a store settles, now if it does not say when, and encodes it.
+func (e *Event) finish(now func() time.Time) ([]byte, error) {
+	if e.Time.IsZero() {
+		e.Time = now()
+	}
+	e.Time, e.Cost = e.Time.UTC(), max(e.Cost, 0)
+	return encodeEvent(e)
+}
+
 // encodeEvent writes e as its tags say, without reflection: it is done for every request.
 func encodeEvent(e *Event) ([]byte, error) {
 	if !storable(e.KeyID) || !storable(e.RequestID) {

@@ -160,18 +160,13 @@ func (c storeCollector) Describe(descs chan<- *prometheus.Desc) {
 // them apart.
 func (c storeCollector) Collect(values chan<- prometheus.Metric) {
 	degraded, waiting := make(map[string]float64), make(map[string]float64)
-	stores.Range(func(key, v any) bool {
-		s, ok := v.(interface{ status() storeStatus })
-		if !ok {
-			return true
-		}
-		status, kind := s.status(), storeKind(key.(string))
+	eachOpenStore(func(key string, s storeStatus) {
+		kind := storeKind(key)
 		degraded[kind] += 0
-		if status.Degraded {
+		if s.Degraded {
 			degraded[kind] = 1
 		}
-		waiting[kind] += float64(status.Waiting)
-		return true
+		waiting[kind] += float64(s.Waiting)
 	})
 	for kind := range degraded {
 		values <- prometheus.MustNewConstMetric(c.degraded, prometheus.GaugeValue, degraded[kind], kind)

@@ -141,15 +141,14 @@ func (k *keySet) series(label string) *keySeries {
 	defer k.mu.Unlock()
 	if k.count >= maxKeySeries {
 		label = otherKeys
-		if found, ok := k.byLabel.Load(label); ok {
-			return found.(*keySeries)
-		}
 	}
-	found, existed := k.byLabel.LoadOrStore(label, newKeySeries(label))
-	if !existed {
-		k.count++
+	if found, ok := k.byLabel.Load(label); ok {
+		return found.(*keySeries)
 	}
-	return found.(*keySeries)
+	added := newKeySeries(label)
+	k.byLabel.Store(label, added)
+	k.count++
+	return added
 }
 
 // keySeries are the metrics of one key.

@@ -115,8 +115,11 @@ func (s *redisStore) nextBeat(probe *time.Duration) time.Duration {
 	}
 	wait := *probe
 	*probe = min(2*wait, lastProbe)
-	return wait/2 + rand.N(wait)
+	return around(wait)
 }
+
+// around returns something from half of d to one and a half.
+func around(d time.Duration) time.Duration { return d/2 + rand.N(d) }
 
 // tryRedis shows a sign of life, and closes the breaker where Redis takes it in time.
 func (s *redisStore) tryRedis() {
@@ -146,13 +149,14 @@ func (s *redisStore) tryRedis() {
 func (s *redisStore) beat(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, s.timeout)
 	defer cancel()
-	_, err := s.beats.run(ctx, s, []string{s.shared("instance:" + s.instance)}, s.now().Unix(), int(lease.Seconds()))
+	keys, args := []string{s.shared("instance:" + s.instance)}, []any{s.now().Unix(), int(lease.Seconds())}
+	_, err := s.beats.run(ctx, s, keys, args...)
 	if err == nil {
 		s.broke = 0
 	}
 	if isBroken(err) && !s.beats.noDigest.Load() {
 		// A proxy may close the connection on a command it does not know.
-		if whole := s.beats.script.Eval(ctx, s.client, []string{s.shared("instance:" + s.instance)}, s.now().Unix(), int(lease.Seconds())).Err(); whole == nil {
+		if whole := s.beats.script.Eval(ctx, s.client, keys, args...).Err(); whole == nil {
 			s.preferWhole(err)
 			return nil
 		}

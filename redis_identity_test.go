@@ -19,9 +19,7 @@ func stranded(t *testing.T, s *redisStore, n int, want map[string]Money) {
 }
 
 func TestJournalFollowsItsRedisToAnotherAddress(t *testing.T) {
-	server := startRedis(t)
-	relay := startRelay(t, server.address)
-	module := redisModule(t, relay.address())
+	server, _, module := startRelayed(t)
 	s := openRedis(t, module)
 	want := make(map[string]Money)
 	settleMany(s, 10, "key", want)

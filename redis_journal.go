@@ -242,9 +242,11 @@ func (j *redisJournal) others() (count int) {
 	return count
 }
 
-// count returns how many entries there are.
+// count returns how many entries there are. Every admission asks.
 func (j *redisJournal) count() (n int) {
-	for _, b := range j.all() {
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	for _, b := range j.buckets {
 		n += int(b.waiting.Load())
 	}
 	return n

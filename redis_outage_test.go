@@ -41,9 +41,7 @@ const outageTimeout = 3 * time.Second
 func TestDegradedKeysWorkWithinTheLimitsOfTheInstance(t *testing.T) {
 	for name, outage := range outages {
 		t.Run(name, func(t *testing.T) {
-			server := startRedis(t)
-			relay := startRelay(t, server.address)
-			module := redisModule(t, relay.address())
+			server, relay, module := startRelayed(t)
 			module.Timeout = caddy.Duration(outageTimeout)
 			logs, logged := observer.New(zap.InfoLevel)
 			s := openRedis(t, module, func(s *redisStore) {
@@ -120,9 +118,7 @@ func TestDegradedKeysWorkWithinTheLimitsOfTheInstance(t *testing.T) {
 func TestRefusedForAnOutageIsNoLimitAndQuick(t *testing.T) {
 	for name, outage := range outages {
 		t.Run(name, func(t *testing.T) {
-			server := startRedis(t)
-			relay := startRelay(t, server.address)
-			module := redisModule(t, relay.address())
+			server, relay, module := startRelayed(t)
 			module.Timeout = caddy.Duration(outageTimeout)
 			module.OnFailure = "refuse"
 			s := openRedis(t, module)
@@ -190,9 +186,7 @@ func TestOutageIsA503ToTheClientAndOneLineInTheLog(t *testing.T) {
 }
 
 func TestManyAtOnceWaitNoLongerThanOneWhenRedisGoes(t *testing.T) {
-	server := startRedis(t)
-	relay := startRelay(t, server.address)
-	module := redisModule(t, relay.address())
+	_, relay, module := startRelayed(t)
 	timeout := time.Duration(module.Timeout)
 	s := openRedis(t, module)
 	admitRedis(t, s, Admission{KeyID: "key"})
@@ -421,9 +415,7 @@ func TestBreakerOpensAfterFailuresInARowOnly(t *testing.T) {
 // TestRedisSlowerThanTheTimeoutOpensTheBreaker sends one request after another, and has each settled before the next:
 // settlements may take longer than requests, so that they go through.
 func TestRedisSlowerThanTheTimeoutOpensTheBreaker(t *testing.T) {
-	server := startRedis(t)
-	relay := startRelay(t, server.address)
-	module := redisModule(t, relay.address())
+	server, relay, module := startRelayed(t)
 	module.Timeout = caddy.Duration(100 * time.Millisecond)
 	s := openRedis(t, module)
 	eventually(t, "Redis knows the scripts", func() bool {

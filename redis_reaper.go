@@ -5,7 +5,6 @@ import (
 	"context"
 	"encoding/json"
 	"fmt"
-	"math/rand/v2"
 	"strings"
 	"time"
 
@@ -45,7 +44,7 @@ func (s *redisStore) reap() {
 	dead := make(map[string]time.Time) // since when it is known
 	for {
 		select {
-		case <-time.After(reapPause()):
+		case <-time.After(around(reapInterval)):
 		case <-s.stop:
 			return
 		}
@@ -57,9 +56,6 @@ func (s *redisStore) reap() {
 		s.reapTrouble.note(s.logger, s.reapAll(ctx, dead))
 	}
 }
-
-// reapPause returns how long to wait between two rounds: from half of reapInterval to one and a half.
-func reapPause() time.Duration { return reapInterval/2 + rand.N(reapInterval) }
 
 // reapAll goes through the keys once, if it is this gateway's turn. What is wrong with one key does not keep it from the
 // others; it returns the first of what was.

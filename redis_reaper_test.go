@@ -181,7 +181,7 @@ func TestLostRequestIsChargedAsSoonAsIsPromised(t *testing.T) {
 	const promised, aRound = 45 * time.Second, 5 * time.Second
 	longest := reapInterval/2 + reapInterval // between two rounds
 	for range 1000 {
-		if pause := reapPause(); pause > longest || pause < reapInterval/2 {
+		if pause := around(reapInterval); pause > longest || pause < reapInterval/2 {
 			t.Fatalf("a pause of %s", pause)
 		}
 	}

@@ -277,6 +277,14 @@ func startRelay(t testing.TB, target string) *relay {
 	return r
 }
 
+// startRelayed runs a Redis, a relay before it, and has the options of a store that goes through the relay.
+func startRelayed(t testing.TB) (*redisServer, *relay, *RedisStore) {
+	t.Helper()
+	server := startRedis(t)
+	relay := startRelay(t, server.address)
+	return server, relay, redisModule(t, relay.address())
+}
+
 func (r *relay) address() string { return r.listener.Addr().String() }
 
 func (r *relay) serve(client net.Conn) {

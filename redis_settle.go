@@ -92,11 +92,7 @@ func (q *settlements) putBack(batch []settlement) {
 
 // Settle leaves the event to the writer. The account of this instance is charged at once, in case it has to decide.
 func (s *redisStore) Settle(e Event) {
-	if e.Time.IsZero() {
-		e.Time = s.now()
-	}
-	e.Time, e.Cost = e.Time.UTC(), max(e.Cost, 0)
-	entry, err := encodeEvent(&e)
+	entry, err := e.finish(s.now)
 	if err != nil {
 		s.logger.Error("event that cannot be entered", zap.String("request_id", e.RequestID), zap.Error(err))
 		return

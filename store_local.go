@@ -186,11 +186,7 @@ func (s *localStore) Admit(_ context.Context, a Admission) (Verdict, error) {
 // and of the last 65,536 saved events are. If it is older, or from before a restart, it is charged a second time for
 // some milliseconds, until the writer looks it up in the ledger and takes that back, before it reaches the disk.
 func (s *localStore) Settle(e Event) {
-	if e.Time.IsZero() {
-		e.Time = s.now()
-	}
-	e.Time, e.Cost = e.Time.UTC(), max(e.Cost, 0)
-	encoded, err := encodeEvent(&e)
+	encoded, err := e.finish(s.now)
 	if err != nil {
 		s.logger.Error("event that cannot be entered", zap.String("request_id", e.RequestID), zap.Error(err))
 		return

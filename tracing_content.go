@@ -185,28 +185,6 @@ func (c *cursor) inputMessage(room *int) contentMessage {
 	return m
 }
 
-// eachText calls text for a string, or for the text of each part of a list.
-func (c *cursor) eachText(text func(raw []byte)) {
-	switch c.peek() {
-	case '"':
-		raw, _ := c.str()
-		text(raw)
-	case '[':
-		c.eachOf(func() {
-			c.eachMember(func(name []byte) {
-				if string(name) == "text" && c.peek() == '"' {
-					raw, _ := c.str()
-					text(raw)
-					return
-				}
-				c.skip()
-			})
-		})
-	default:
-		c.skip()
-	}
-}
-
 // clip returns the text of a JSON string, or its first n bytes. It does not unescape more than that needs.
 func clip(raw []byte, n int) []byte {
 	if n <= 0 {

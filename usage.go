@@ -191,17 +191,20 @@ func (c *cursor) toolCall(t *textSample) {
 
 func (c *cursor) functionCall(t *textSample) { c.eachMember(func([]byte) { c.textTo(t) }) }
 
-// textTo adds a string to t; of a list of parts, the text of each.
-func (c *cursor) textTo(t *textSample) {
+// textTo adds text to t.
+func (c *cursor) textTo(t *textSample) { c.eachText(t.add) }
+
+// eachText calls text for a string, or for the text of each part of a list.
+func (c *cursor) eachText(text func(raw []byte)) {
 	switch c.peek() {
 	case '"':
 		raw, _ := c.str()
-		t.add(raw)
+		text(raw)
 	case '[':
 		c.eachOf(func() {
 			c.eachMember(func(name []byte) {
 				if string(name) == "text" {
-					c.textTo(t)
+					c.eachText(text)
 					return
 				}
 				c.skip()
