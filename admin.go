@@ -2,18 +2,23 @@ package mesh
 
 import (
 	"cmp"
-	"errors"
+	"fmt"
+	"maps"
 	"net/http"
 	"slices"
+	"strings"
 
 	"github.com/caddyserver/caddy/v2"
 )
 
 func init() { caddy.RegisterModule(adminAPI{}) }
 
-// adminAPI adds to Caddy's admin endpoint what operators want to know of the gateway:
+// adminAPI adds to Caddy's admin endpoint what operators want to know of the gateway, and to change in it:
 //
 //	GET /mesh/health   the open stores, and whether each is degraded; 503 if one is
+//
+// Its errors have the form of Caddy's own. What is about a store takes the query parameter `store`, the store's name as in
+// /mesh/health, where the running configuration has several.
 type adminAPI struct{}
 
 // CaddyModule returns the Caddy module information.
@@ -26,11 +31,58 @@ func (adminAPI) CaddyModule() caddy.ModuleInfo {
 
 // Routes returns the routes of the API.
 func (adminAPI) Routes() []caddy.AdminRoute {
-	return []caddy.AdminRoute{{Pattern: "/mesh/health", Handler: caddy.AdminHandlerFunc(health)}}
+	return []caddy.AdminRoute{
+		{Pattern: "/mesh/health", Handler: caddy.AdminHandlerFunc(health)},
+	}
+}
+
+// running returns the mesh handlers of the running configuration.
+func running() []*Handler {
+	app, err := caddy.ActiveContext().AppIfConfigured("mesh")
+	if err != nil {
+		return nil // no site has a mesh block
+	}
+	return app.(*App).handlers
+}
+
+// managedStore returns the store that an admin request is about: the one it names, or the only one there is.
+func managedStore(r *http.Request) (*storeRef, error) {
+	asked := r.URL.Query().Get("store")
+	found := make(map[string]*storeRef)
+	for _, h := range running() {
+		name := storeName(h.store.module.StoreKey())
+		if found[name] == nil && (asked == "" || asked == name) {
+			found[name] = h.store
+		}
+	}
+	names := slices.Sorted(maps.Keys(found))
+	switch {
+	case len(names) == 1:
+		return found[names[0]], nil
+	case len(names) > 1:
+		return nil, adminError(http.StatusBadRequest, "there are several stores; name one of them as `store`: %s", strings.Join(names, ", "))
+	case asked != "":
+		return nil, adminError(http.StatusNotFound, "the running configuration has no store %q", asked)
+	}
+	return nil, adminError(http.StatusNotFound, "the running configuration has no mesh handler")
+}
+
+func adminError(status int, format string, args ...any) error {
+	return caddy.APIError{HTTPStatus: status, Err: fmt.Errorf(format, args...)}
+}
+
+// storeName returns what operators call the store with this StoreKey. The digest that the key of a redis store ends in is
+// made of its password, among others.
+func storeName(key string) string {
+	if storeKind(key) != "redis" {
+		return key
+	}
+	return key[:strings.LastIndexByte(key, ':')]
 }
 
 // storeStatus is how an open store is.
 type storeStatus struct {
+	Name      string `json:"name"`
 	Store     string `json:"store"`      // its kind, and where it is
 	Degraded  bool   `json:"degraded"`   // it cannot be reached at the moment
 	OnFailure string `json:"on_failure"` // what happens to requests meanwhile; empty where it cannot happen
@@ -41,7 +93,9 @@ type storeStatus struct {
 func eachOpenStore(fn func(key string, s storeStatus)) {
 	stores.Range(func(key, v any) bool {
 		if s, ok := v.(interface{ status() storeStatus }); ok {
-			fn(key.(string), s.status())
+			status := s.status()
+			status.Name = storeName(key.(string))
+			fn(key.(string), status)
 		}
 		return true
 	})
@@ -49,7 +103,7 @@ func eachOpenStore(fn func(key string, s storeStatus)) {
 
 func health(w http.ResponseWriter, r *http.Request) error {
 	if r.Method != http.MethodGet {
-		return caddy.APIError{HTTPStatus: http.StatusMethodNotAllowed, Err: errors.New("method not allowed")}
+		return adminError(http.StatusMethodNotAllowed, "method not allowed")
 	}
 	answer := struct {
 		Status string        `json:"status"` // ok or degraded

@@ -23,7 +23,7 @@ func (p *process) health() (status int, body string) {
 
 func TestHealthNamesTheStore(t *testing.T) {
 	p := startProcess(t, "127.0.0.1:1", siteNumber(0, ""))
-	want := `{"status":"ok","stores":[{"store":"local ` + p.path("mesh.db") + `","degraded":false,"on_failure":"","waiting":0}]}`
+	want := `{"status":"ok","stores":[{"name":"local:` + p.path("mesh.db") + `","store":"local ` + p.path("mesh.db") + `","degraded":false,"on_failure":"","waiting":0}]}`
 	if status, body := p.health(); status != 200 || body != want {
 		t.Errorf("%d %s", status, body)
 	}
