@@ -196,7 +196,14 @@ func (r *reservations) release(requestID string) {
 
 // admit lets the request through or not, and reserves its largest cost where the cap is hard. The caller holds a.mu.
 func (a *account) admit(now time.Time, asked Admission) Verdict {
-	verdict := a.balance.admit(now, asked.Limits, a.reserved.sum.plus(asked.MaxCost))
+	before, limits := a.balance, asked.Limits
+	if asked.Uncounted {
+		limits = limits.spendOnly()
+	}
+	verdict := a.balance.admit(now, limits, a.reserved.sum.plus(asked.MaxCost))
+	if asked.Uncounted {
+		a.balance.Minute, a.balance.Day = before.Minute, before.Day
+	}
 	if verdict.Refused == "" && asked.Limits.Hard {
 		a.reserved.hold(asked.RequestID, asked.MaxCost)
 	}

@@ -50,6 +50,12 @@ import (
 //			context_length <tokens>
 //		}
 //		default_model <name>
+//		compare {
+//			model        <name>
+//			instructions <text>
+//			max_models   <number>
+//			timeout      <duration>
+//		}
 //		max_body_size <size>
 //		timeout       <duration>
 //		expose_upstream
@@ -79,6 +85,7 @@ func parseCaddyfile(helper httpcaddyfile.Helper) (caddyhttp.MiddlewareHandler, e
 		"max_body_size":   {parse: func() error { return p.size(&h.MaxBodySize) }},
 		"timeout":         {parse: func() error { return p.duration(&h.Timeout) }},
 		"expose_upstream": {parse: func() error { return p.flag(&h.ExposeUpstream) }},
+		"compare":         {parse: func() error { return p.compare(h) }},
 		"metrics":         {parse: func() error { return p.metrics(h) }},
 		"tracing":         {parse: func() error { return p.tracing(h) }},
 	})

@@ -16,7 +16,8 @@ import (
 )
 
 const (
-	chatPath   = "/v1/chat/completions"
+	chatPrefix = "/v1/chat/"
+	chatPath   = chatPrefix + "completions"
 	modelsPath = "/v1/models"
 )
 
@@ -25,6 +26,8 @@ func endpoint(path string) (serve func(*exchange) *apiError, method string) {
 	switch {
 	case path == chatPath:
 		return (*exchange).chat, http.MethodPost
+	case path == comparePath:
+		return (*exchange).compare, http.MethodPost
 	case path == modelsPath:
 		return (*exchange).listModels, http.MethodGet
 	case strings.HasPrefix(path, modelsPath+"/"):
@@ -42,8 +45,12 @@ type exchange struct {
 	started time.Time
 	waited  time.Duration // for the store to find the key
 	taken   bool          // the body was read
+	limit   time.Duration // of an upstream's answer; 0: the handler's
 	key     *Key
 	event   Event // as far as it is known; the ledger gets it only if the request was admitted
+
+	uncounted bool // it is part of a request that was counted
+	sum       bool // the event only sums up what has been counted
 
 	series  *targetSeries    // the metrics of the last upstream that was asked
 	streams prometheus.Gauge // counts the stream as open, once it is
@@ -95,13 +102,7 @@ func (x *exchange) chat() *apiError {
 		return refusal
 	}
 	x.taken = true
-	req, refusal := parseChat(body)
-	if refusal != nil {
-		return refusal
-	}
-	req.includeUsage = req.includeUsage || x.meshClient()
-	x.event.SessionID, x.event.Stream = req.sessionID, req.stream
-	candidates, refusal := x.route(req)
+	req, candidates, refusal := x.prepare(body)
 	if refusal != nil {
 		return refusal
 	}
@@ -114,6 +115,23 @@ func (x *exchange) chat() *apiError {
 	if refusal := x.admit(store, req, candidates); refusal != nil {
 		return refusal
 	}
+	return x.run(store, req, candidates)
+}
+
+// prepare reads and checks a chat completion's body, and finds who may serve it.
+func (x *exchange) prepare(body []byte) (*chatRequest, []candidate, *apiError) {
+	req, refusal := parseChat(body)
+	if refusal != nil {
+		return nil, nil, refusal
+	}
+	req.includeUsage = req.includeUsage || x.meshClient()
+	x.event.SessionID, x.event.Stream = req.sessionID, req.stream
+	candidates, refusal := x.route(req)
+	return req, candidates, refusal
+}
+
+// run hands off a request that was admitted, and settles it.
+func (x *exchange) run(store Store, req *chatRequest, candidates []candidate) *apiError {
 	served := &served{outcome: OutcomeError} // if the hand-off panics: what was admitted is settled, whatever comes
 	defer func() { x.settle(store, req, served) }()
 	served = x.handOff(req, candidates)

@@ -1,6 +1,7 @@
 package mesh
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"io"
@@ -39,7 +40,7 @@ var errOutOfTime = errors.New("the request's time ran out")
 func (x *exchange) handOff(req *chatRequest, candidates []candidate) *served {
 	timeout := req.timeout
 	if timeout == 0 {
-		timeout = time.Duration(x.h.Timeout)
+		timeout = cmp.Or(x.limit, time.Duration(x.h.Timeout))
 	}
 	deadline := time.Now().Add(timeout)
 

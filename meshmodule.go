@@ -30,7 +30,7 @@ const (
 )
 
 // Handler turns a site into an LLM gateway: clients send OpenAI's chat completions with a key of the gateway's, and
-// the upstream of the model they ask for answers them. It serves `/v1/chat/completions` and `/v1/models`; every
+// the upstream of the model they ask for answers them. It serves `/v1/chat/completions`, `/v1/chat/compare` and `/v1/models`; every
 // other path, and OPTIONS, goes to the next handler.
 //
 // It sets these placeholders, which the access log shows as the object `mesh` as well:
@@ -74,6 +74,9 @@ type Handler struct {
 
 	// How long an upstream may take for its whole answer, unless the request says otherwise. Default: 5 minutes.
 	Timeout caddy.Duration `json:"timeout,omitempty"`
+
+	// How /v1/chat/compare works.
+	Compare *Compare `json:"compare,omitempty"`
 
 	// Whether answers say in X-Mesh-Upstream which upstream served them. Default: false.
 	ExposeUpstream bool `json:"expose_upstream,omitempty"`
@@ -251,6 +254,11 @@ func (h *Handler) check() error {
 	table := newModelTable(h.Models, nil)
 	if h.DefaultModel != "" && table.find(h.DefaultModel) == nil {
 		return wrongf(&h.DefaultModel, "default_model: no model matches %s", h.DefaultModel)
+	}
+	if h.Compare != nil {
+		if err := h.Compare.check(table); err != nil {
+			return &configError{part: h.Compare, err: err}
+		}
 	}
 	return h.checkKeys(table)
 }

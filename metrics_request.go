@@ -96,6 +96,10 @@ func (x *exchange) count() {
 		x.streams.Dec()
 	}
 	e := &x.event
+	if x.sum {
+		x.trace.end(e)
+		return
+	}
 	switch {
 	case e.Outcome != outcomeRefused && x.series != nil: // it was let through, and an upstream was asked
 		x.series.observe(e)

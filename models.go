@@ -191,15 +191,26 @@ func (t *Target) nameThere(name string) string {
 // route finds who may serve a chat request.
 func (x *exchange) route(req *chatRequest) ([]candidate, *apiError) {
 	name := cmp.Or(req.model, x.key.DefaultModel, x.h.DefaultModel)
+	entry, refusal := x.find(name)
+	if entry != nil {
+		x.event.Model = name
+	}
+	if refusal != nil {
+		return nil, refusal
+	}
+	return entry.candidates(name), nil
+}
+
+// find returns the model of a name that the client asks for. One that the key may not use it returns too.
+func (x *exchange) find(name string) (*modelEntry, *apiError) {
 	entry := x.h.models.find(name)
 	if entry == nil {
 		return nil, modelNotFound(name)
 	}
-	x.event.Model = name
 	if !x.key.allows(name) {
-		return nil, errorf(http.StatusForbidden, "forbidden", "This API key may not use the model %q.", name)
+		return entry, errorf(http.StatusForbidden, "forbidden", "This API key may not use the model %q.", name)
 	}
-	return entry.candidates(name), nil
+	return entry, nil
 }
 
 func modelNotFound(name string) *apiError {

@@ -20,6 +20,7 @@ func (x *exchange) admit(store Store, req *chatRequest, candidates []candidate) 
 		Limits:    limits,
 		MaxCost:   maxCost,
 		Waited:    x.waited,
+		Uncounted: x.uncounted,
 		Pending:   x.pending(req, candidates, maxCost),
 	})
 	if err != nil {
@@ -104,6 +105,11 @@ func (r *chatRequest) expectedAnswer(c candidate, prompt, average int64) int64 {
 		average = min(average, max(0, c.context-prompt))
 	}
 	return average
+}
+
+// spendOnly returns the limits without those of requests.
+func (l Limits) spendOnly() Limits {
+	return Limits{SpendCap: l.SpendCap, SpendPeriod: l.SpendPeriod, Hard: l.Hard}
 }
 
 // refusal is the error for the limit that refused a request of a largest cost, or nil.

@@ -95,7 +95,10 @@ func (s *redisStore) admitKeys(a Admission) []string {
 
 func (s *redisStore) admitArgs(a Admission, pending string) []any {
 	l := a.Limits
-	return []any{a.RequestID, l.RPM, l.RPD, int64(l.SpendCap), string(l.SpendPeriod), l.Hard, int64(a.MaxCost), pending}
+	if a.Uncounted {
+		l = l.spendOnly()
+	}
+	return []any{a.RequestID, l.RPM, l.RPD, int64(l.SpendCap), string(l.SpendPeriod), l.Hard, int64(a.MaxCost), pending, a.Uncounted}
 }
 
 // requestBegan returns when a request began, as its id says.

@@ -1,5 +1,6 @@
 -- KEYS: account, pending, done
--- ARGV: request id, rpm, rpd, spend cap ('0': none), period, '1' if the cap is hard, largest cost, pending entry
+-- ARGV: request id, rpm, rpd, spend cap ('0': none), period, '1' if the cap is hard, largest cost, pending entry,
+-- '1' if it is part of a request that was counted
 -- Returns: the limit that refused the request or '', seconds and microseconds of the clock, start and sum of minute and
 -- day, start of the period of spend, spend.
 --
@@ -32,13 +33,14 @@ elseif rpd > 0 and day_used >= rpd then
 elseif rpm > 0 and minute_used >= rpm then
 	refused = 'rpm'
 else
-	minute_used, day_used = minute_used + 1, day_used + 1
+	local counts = ARGV[9] == '1' and 0 or 1
+	minute_used, day_used = minute_used + counts, day_used + counts
 	redis.call('HSET', account, 'minute', whole(minute), 'minute_used', whole(minute_used), 'day', whole(day), 'day_used', whole(day_used))
 	local reserved = hard and largest or '0'
 	add(account, 'reserved', reserved)
 	redis.call('EXPIRE', account, ACCOUNT_TTL)
 	if id ~= '' then
-		redis.call('HSET', pending, id, table.concat({whole(minute), whole(day), reserved, ARGV[8]}, ' '))
+		redis.call('HSET', pending, id, table.concat({whole(counts * minute), whole(counts * day), reserved, ARGV[8]}, ' '))
 		redis.call('EXPIRE', pending, USAGE_TTL)
 	end
 end

@@ -60,6 +60,7 @@ type Admission struct {
 	Limits    Limits
 	MaxCost   Money         // the most the request can cost; a hard cap must have room for it
 	Waited    time.Duration // for the store already, to find the key
+	Uncounted bool          // it is part of a request that was admitted: only a spend cap can refuse it
 	Pending   Event         // what a store that several gateways share charges if this one dies before it settles the request
 }
 
@@ -114,6 +115,8 @@ type Event struct {
 	KeyName   string `json:"key_name,omitempty"`
 	Owner     string `json:"owner,omitempty"`
 	SessionID string `json:"session_id,omitempty"`
+
+	ComparisonID string `json:"comparison_id,omitempty"` // of the compare that the request was made for
 
 	Time     time.Time     `json:"time"`              // when it ended; decides the day and month that are charged
 	Duration time.Duration `json:"duration_ns"`       // from the request's arrival
