@@ -50,6 +50,9 @@ type Key struct {
 	// The model of a request that names none.
 	DefaultModel string `json:"default_model,omitempty"`
 
+	// Members of a request for the upstream, where the request does not have them.
+	DefaultParams Params `json:"default_params,omitempty"`
+
 	// When it stops being valid. Default: never.
 	Expires time.Time `json:"expires,omitzero"`
 
@@ -105,6 +108,9 @@ func (k *Key) checkTerms() error {
 	}
 	if k.DefaultModel != "" && !k.allows(k.DefaultModel) {
 		return fmt.Errorf("default_model: %s is not among the key's own models", k.DefaultModel)
+	}
+	if err := k.DefaultParams.check(); err != nil {
+		return fmt.Errorf("default_params: %w", err)
 	}
 	return nil
 }

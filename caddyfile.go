@@ -28,6 +28,7 @@ import (
 //			spend_cap_usd <amount> [total|month|day] [hard]
 //			models        <names or patterns...>
 //			default_model <name>
+//			default_params <name> <value> ...
 //			expires       <RFC 3339 time>
 //			suspended
 //		}
@@ -50,6 +51,15 @@ import (
 //			context_length <tokens>
 //		}
 //		default_model <name>
+//		template <name> {
+//			description <text>
+//			system      <text>
+//			message     <role> <text>
+//			model       <name>
+//			params      <name> <value> ...
+//			variables   <names...>
+//		}
+//		templates <files...>
 //		compare {
 //			model        <name>
 //			instructions <text>
@@ -85,6 +95,8 @@ func parseCaddyfile(helper httpcaddyfile.Helper) (caddyhttp.MiddlewareHandler, e
 		"max_body_size":   {parse: func() error { return p.size(&h.MaxBodySize) }},
 		"timeout":         {parse: func() error { return p.duration(&h.Timeout) }},
 		"expose_upstream": {parse: func() error { return p.flag(&h.ExposeUpstream) }},
+		"template":        {parse: func() error { return p.template(h) }, many: true},
+		"templates":       {parse: func() error { return p.templateFiles(h) }, many: true},
 		"compare":         {parse: func() error { return p.compare(h) }},
 		"metrics":         {parse: func() error { return p.metrics(h) }},
 		"tracing":         {parse: func() error { return p.tracing(h) }},
@@ -243,15 +255,16 @@ func (p *blockParser) key(h *Handler) error {
 	}
 	h.Keys = append(h.Keys, k)
 	return p.block(words{
-		"name":          {parse: func() error { return p.text(&k.Name) }},
-		"owner":         {parse: func() error { return p.text(&k.Owner) }},
-		"rpm":           {parse: func() error { return p.number(&k.RPM) }},
-		"rpd":           {parse: func() error { return p.number(&k.RPD) }},
-		"spend_cap_usd": {parse: func() error { return p.spendCap(k) }},
-		"models":        {parse: func() error { return p.list(&k.Models) }},
-		"default_model": {parse: func() error { return p.text(&k.DefaultModel) }},
-		"expires":       {parse: func() error { return p.time(&k.Expires) }},
-		"suspended":     {parse: func() error { return p.flag(&k.Suspended) }},
+		"name":           {parse: func() error { return p.text(&k.Name) }},
+		"owner":          {parse: func() error { return p.text(&k.Owner) }},
+		"default_params": {parse: func() error { return p.params(&k.DefaultParams) }},
+		"rpm":            {parse: func() error { return p.number(&k.RPM) }},
+		"rpd":            {parse: func() error { return p.number(&k.RPD) }},
+		"spend_cap_usd":  {parse: func() error { return p.spendCap(k) }},
+		"models":         {parse: func() error { return p.list(&k.Models) }},
+		"default_model":  {parse: func() error { return p.text(&k.DefaultModel) }},
+		"expires":        {parse: func() error { return p.time(&k.Expires) }},
+		"suspended":      {parse: func() error { return p.flag(&k.Suspended) }},
 	})
 }
 

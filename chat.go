@@ -6,7 +6,6 @@ import (
 	"net/http"
 	"slices"
 	"strconv"
-	"strings"
 	"time"
 	"unicode/utf8"
 )
@@ -28,6 +27,13 @@ type chatRequest struct {
 	maxTokens    int64         // of one choice of the answer; 0 if the client set no bound
 	choices      int64         // how many answers it wants; 0 if it did not say
 
+	template      string            // a name or an id; empty for none
+	variables     map[string]string // for its slots
+	templateModel string            // the template's, for where nobody else names one
+	messagesAt    int               // where the first of the messages stands, or would
+	end           int               // where members can be added
+	added         int               // bytes that the gateway has added
+
 	prompt promptSize
 }
 
@@ -46,6 +52,7 @@ type promptSize struct {
 	messages int
 	sample   []span // where in the body the first of the text stands, up to maxSample bytes of it
 	sampled  int
+	front    []byte // of the sample: text of a template, which comes first
 	kept     []byte // the sample itself, once the body is forgotten
 }
 
@@ -66,7 +73,7 @@ func (p *promptSize) text(body []byte) []byte {
 	if p.kept != nil {
 		return p.kept
 	}
-	text := make([]byte, 0, p.sampled)
+	text := append(make([]byte, 0, len(p.front)+p.sampled), p.front...)
 	for _, s := range p.sample {
 		text = append(text, s.of(body)...)
 	}
@@ -107,23 +114,12 @@ func parseChat(body []byte) (*chatRequest, *apiError) {
 
 func validationError(faults []fault) *apiError {
 	first := faults[0]
-	var param strings.Builder
-	for i, l := range first.Loc[1:] { // without "body"
-		switch l := l.(type) {
-		case string:
-			if i > 0 {
-				param.WriteByte('.')
-			}
-			param.WriteString(l)
-		case int:
-			param.WriteString("[" + strconv.Itoa(l) + "]")
-		}
-	}
-	e := errorf(http.StatusUnprocessableEntity, "validation_error", "%s: %s", param.String(), first.Msg)
+	param := first.where()
+	e := errorf(http.StatusUnprocessableEntity, "validation_error", "%s: %s", param, first.Msg)
 	if n := len(faults) - 1; n > 0 {
 		e.message += " (and " + strconv.Itoa(n) + " more)"
 	}
-	e.param, e.details = param.String(), faults
+	e.param, e.details = param, faults
 	return e
 }
 
@@ -163,8 +159,11 @@ func (p *parser) object() {
 	if removed.to != 0 { // at the end it is the comma before it that goes
 		p.edit(edit{span: span{kept, removed.to}})
 	}
-	if seen&bitOf(memberMessages) == 0 {
+	switch {
+	case seen&bitOf(memberMessages) == 0:
 		p.missing("messages")
+	case p.noMessages && p.req.template == "":
+		p.tooFewMessages()
 	}
 	p.addMembers(kept, seen)
 	p.refuseTwins(seen, folded)
@@ -187,6 +186,7 @@ func (p *parser) refuseTwins(seen, folded uint64) {
 // addMembers notes what the upstream gets in addition: a model, and on a stream the wish for usage. Members are
 // added at end, behind the last one that stays; there is one, because messages is required.
 func (p *parser) addMembers(end int, seen uint64) {
+	p.req.end = end
 	if seen&bitOf(memberModel) == 0 {
 		p.edit(edit{span: span{end, end}, with: `,"model":`, model: true})
 	}

@@ -39,8 +39,8 @@ var chatMembers = []member{
 	{name: "session_id", gateway: true, check: func(p *parser) { p.req.sessionID = p.shortText(256) }},
 	{name: "timeout", gateway: true, check: (*parser).timeout},
 	{name: "cache", gateway: true, check: func(p *parser) { p.boolean() }},
-	{name: "template", gateway: true, check: func(p *parser) { _, given := p.text(); p.unbuilt(given) }},
-	{name: "variables", gateway: true, check: func(p *parser) { p.unbuilt(p.textMap() > 0) }},
+	{name: "template", gateway: true, check: func(p *parser) { name, _ := p.text(); p.req.template = string(name) }},
+	{name: "variables", gateway: true, check: func(p *parser) { p.req.variables = p.textMap() }},
 	{name: "models", gateway: true, check: func(p *parser) { p.unbuilt(p.list(func(p *parser) { p.text() }) > 0) }},
 	{name: "transforms", gateway: true, check: func(p *parser) {
 		p.unbuilt(p.list(func(p *parser) { p.oneOf("middle-out") }) > 0)
@@ -94,9 +94,14 @@ func (p *parser) unbuilt(used bool) {
 
 func (p *parser) messages() {
 	isList := p.peek() == '['
-	if n := p.list((*parser).message); n == 0 && isList {
-		p.faultf("too_short", "List should have at least 1 item after validation, not 0")
-	}
+	p.req.messagesAt = p.pos + 1
+	p.noMessages = p.list((*parser).message) == 0 && isList
+}
+
+// tooFewMessages is a fault of a request that has no messages, and no template that would bring some.
+func (p *parser) tooFewMessages() {
+	p.at("messages").faultf("too_short", "List should have at least 1 item after validation, not 0")
+	p.up()
 }
 
 var messageFields = []string{"role", "content", "name", "tool_call_id", "tool_calls", "function_call", "audio", "refusal"}

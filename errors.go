@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"net/http"
 	"strconv"
+	"strings"
 	"time"
 )
 
@@ -42,6 +43,23 @@ type fault struct {
 	Type string `json:"type"`
 	Loc  []any  `json:"loc"`
 	Msg  string `json:"msg"`
+}
+
+// where returns the place of the fault in the body, as an OpenAI SDK's param.
+func (f fault) where() string {
+	var param strings.Builder
+	for i, l := range f.Loc[1:] { // without "body"
+		switch l := l.(type) {
+		case string:
+			if i > 0 {
+				param.WriteByte('.')
+			}
+			param.WriteString(l)
+		case int:
+			param.WriteString("[" + strconv.Itoa(l) + "]")
+		}
+	}
+	return param.String()
 }
 
 func errorf(status int, code, format string, args ...any) *apiError {

@@ -21,19 +21,66 @@ const (
 	modelsPath = "/v1/models"
 )
 
-// endpoint returns what serves a path, and with which method; nil where that is not the gateway's.
-func endpoint(path string) (serve func(*exchange) *apiError, method string) {
+// endpoint is what serves a path, by method.
+type endpoint struct {
+	get, post, patch, delete func(*exchange) *apiError
+}
+
+var (
+	chatEndpoint      = endpoint{post: (*exchange).chat}
+	compareEndpoint   = endpoint{post: (*exchange).compare}
+	modelsEndpoint    = endpoint{get: (*exchange).listModels}
+	modelEndpoint     = endpoint{get: (*exchange).getModel}
+	templatesEndpoint = endpoint{get: (*exchange).listTemplates, post: (*exchange).createTemplate}
+	templateEndpoint  = endpoint{get: (*exchange).getTemplate, patch: (*exchange).updateTemplate, delete: (*exchange).deleteTemplate}
+)
+
+// findEndpoint returns what serves a path; nil where that is not the gateway's.
+func findEndpoint(path string) *endpoint {
 	switch {
 	case path == chatPath:
-		return (*exchange).chat, http.MethodPost
+		return &chatEndpoint
 	case path == comparePath:
-		return (*exchange).compare, http.MethodPost
+		return &compareEndpoint
 	case path == modelsPath:
-		return (*exchange).listModels, http.MethodGet
+		return &modelsEndpoint
 	case strings.HasPrefix(path, modelsPath+"/"):
-		return (*exchange).getModel, http.MethodGet
+		return &modelEndpoint
+	case path == templatesPath:
+		return &templatesEndpoint
+	case strings.HasPrefix(path, templatesPath+"/"):
+		return &templateEndpoint
 	}
-	return nil, ""
+	return nil
+}
+
+// method returns what serves a method, or nil.
+func (e *endpoint) method(name string) func(*exchange) *apiError {
+	switch name {
+	case http.MethodPost:
+		return e.post
+	case http.MethodGet:
+		return e.get
+	case http.MethodPatch:
+		return e.patch
+	case http.MethodDelete:
+		return e.delete
+	}
+	return nil
+}
+
+// wrongMethod is the error for a method that the endpoint does not have.
+func (e *endpoint) wrongMethod() *apiError {
+	var allowed []string
+	for _, name := range []string{http.MethodGet, http.MethodPost, http.MethodPatch, http.MethodDelete} {
+		if e.method(name) != nil {
+			allowed = append(allowed, name)
+		}
+	}
+	allow := strings.Join(allowed, ", ")
+	refusal := errorf(http.StatusMethodNotAllowed, "method_not_allowed", "This endpoint answers %s only.", allow)
+	refusal.allow = allow
+	return refusal
 }
 
 // exchange is one request on its way through the gateway, and what is known of it so far.
@@ -126,6 +173,9 @@ func (x *exchange) prepare(body []byte) (*chatRequest, []candidate, *apiError) {
 	}
 	req.includeUsage = req.includeUsage || x.meshClient()
 	x.event.SessionID, x.event.Stream = req.sessionID, req.stream
+	if refusal := x.expand(req); refusal != nil {
+		return nil, nil, refusal
+	}
 	candidates, refusal := x.route(req)
 	return req, candidates, refusal
 }
@@ -156,9 +206,11 @@ func (h *Handler) releaseStore() {
 }
 
 // answer writes a whole JSON answer of the gateway's own.
-func (x *exchange) answer(v any) *apiError {
+func (x *exchange) answer(v any) *apiError { return x.answerWith(http.StatusOK, v) }
+
+func (x *exchange) answerWith(status int, v any) *apiError {
 	x.event.Outcome = OutcomeCompleted
-	if err := writeJSON(x.w, http.StatusOK, v); err != nil {
+	if err := writeJSON(x.w, status, v); err != nil {
 		x.h.logger.Debug("client did not take the answer", zap.Error(err))
 	}
 	return nil

@@ -66,6 +66,13 @@ type Handler struct {
 	// The models that clients may ask for, and who serves them. The most specific name wins.
 	Models []*Model `json:"models,omitempty"`
 
+	// Prompts that requests of all keys can name.
+	Templates []*Template `json:"templates,omitempty"`
+
+	// Files with such prompts, one in each, as JSON: paths, in which `*` stands for any name. They are read when the
+	// configuration is loaded.
+	TemplateFiles []string `json:"template_files,omitempty"`
+
 	// The model of a request that names none and whose key has no default either. Default: `openai/gpt-4o`.
 	DefaultModel string `json:"default_model,omitempty"`
 
@@ -87,12 +94,13 @@ type Handler struct {
 	// What the gateway adds to the spans of Caddy's `tracing`.
 	Tracing *Tracing `json:"tracing,omitempty"`
 
-	store   *storeRef
-	keys    keyring
-	models  modelTable
-	asks    *storeSeries
-	answers *answerLength
-	logger  *zap.Logger
+	store     *storeRef
+	keys      keyring
+	templates *TemplateShelf // of the configuration
+	models    modelTable
+	asks      *storeSeries
+	answers   *answerLength
+	logger    *zap.Logger
 }
 
 // CaddyModule returns the Caddy module information.
@@ -132,7 +140,11 @@ func (h *Handler) Provision(ctx caddy.Context) error {
 		}
 		upstreams[u.Name] = u
 	}
+	var err error
 	h.models = newModelTable(h.Models, upstreams)
+	if h.templates, err = h.configuredTemplates(); err != nil {
+		return err
+	}
 	keys, err := newKeyring(h.Keys)
 	if err != nil {
 		return err
@@ -255,6 +267,9 @@ func (h *Handler) check() error {
 	if h.DefaultModel != "" && table.find(h.DefaultModel) == nil {
 		return wrongf(&h.DefaultModel, "default_model: no model matches %s", h.DefaultModel)
 	}
+	if err := h.checkTemplates(table); err != nil {
+		return err
+	}
 	if h.Compare != nil {
 		if err := h.Compare.check(table); err != nil {
 			return &configError{part: h.Compare, err: err}
@@ -290,17 +305,16 @@ func nameOr(name string, i int) string {
 
 // ServeHTTP serves the gateway's endpoints and leaves everything else to next.
 func (h *Handler) ServeHTTP(w http.ResponseWriter, r *http.Request, next caddyhttp.Handler) error {
-	serve, method := endpoint(r.URL.Path)
-	if serve == nil || r.Method == http.MethodOptions {
+	e := findEndpoint(r.URL.Path)
+	if e == nil || r.Method == http.MethodOptions {
 		return next.ServeHTTP(w, r)
 	}
 	x := h.newExchange(w, r)
 	defer x.log()
 	defer x.count()
-	if r.Method != method {
-		e := errorf(http.StatusMethodNotAllowed, "method_not_allowed", "This endpoint answers %s only.", method)
-		e.allow = method
-		return x.refuse(e)
+	serve := e.method(r.Method)
+	if serve == nil {
+		return x.refuse(e.wrongMethod())
 	}
 	if refusal := serve(x); refusal != nil {
 		return x.refuse(refusal)

@@ -190,7 +190,7 @@ func (t *Target) nameThere(name string) string {
 
 // route finds who may serve a chat request.
 func (x *exchange) route(req *chatRequest) ([]candidate, *apiError) {
-	name := cmp.Or(req.model, x.key.DefaultModel, x.h.DefaultModel)
+	name := cmp.Or(req.model, x.key.DefaultModel, req.templateModel, x.h.DefaultModel)
 	entry, refusal := x.find(name)
 	if entry != nil {
 		x.event.Model = name

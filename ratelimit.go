@@ -46,7 +46,7 @@ func (r *chatRequest) maxCost(candidates []candidate) (most Money, bounded bool)
 		if c.price == nil {
 			continue
 		}
-		prompt := int64(len(r.body)) + int64(r.prompt.messages)*maxTokensPerMessage + tokensPerAnswer
+		prompt := int64(len(r.body)+r.added) + int64(r.prompt.messages)*maxTokensPerMessage + tokensPerAnswer
 		if c.context > 0 && (r.prompt.media || prompt > c.context) {
 			prompt = c.context
 		} else if r.prompt.media && c.price.Input > 0 {

@@ -93,10 +93,11 @@ type localStore struct {
 	logger     *zap.Logger
 	database   *database
 
-	accounts sync.Map // key id → *account
-	recent   recentIDs
-	unsaved  atomic.Int64 // events that are in memory and not in the database
-	lost     atomic.Int64 // events that were charged but not entered, because there were too many unsaved
+	accounts  sync.Map // key id → *account
+	recent    recentIDs
+	templates localTemplates
+	unsaved   atomic.Int64 // events that are in memory and not in the database
+	lost      atomic.Int64 // events that were charged but not entered, because there were too many unsaved
 
 	dirtyMu sync.Mutex
 	dirty   []*account // accounts with something new, for the writer
@@ -153,6 +154,9 @@ func (s *localStore) open() (err error) {
 		err = s.database.balances(func(keyID string, b balance) {
 			s.accounts.Store(keyID, &account{keyID: keyID, balance: b})
 		})
+	}
+	if err == nil {
+		err = s.loadTemplates()
 	}
 	if err != nil {
 		return errors.Join(err, s.database.bolt.Close())

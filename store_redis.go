@@ -327,6 +327,7 @@ type redisStore struct {
 	queue     settlements
 	journal   *redisJournal
 	keys      *keyCache
+	templates redisTemplates
 	settled   recentlySettled
 	writer    redisWriter
 	writing   atomic.Bool // the writer has something in hand

@@ -19,6 +19,8 @@ type parser struct {
 	path   []step // to the value at hand
 	faults []fault
 
+	noMessages bool // the list of messages is there, and empty
+
 	options struct { // stream_options
 		value   span // nothing where it was not given
 		null    bool
@@ -276,16 +278,18 @@ func (p *parser) require(known []string, n int, given uint64) {
 	}
 }
 
-func (p *parser) textMap() (n int) {
+func (p *parser) textMap() (m map[string]string) {
 	if p.peek() != '{' {
 		p.wrongType("dict_type", "Input should be a valid dictionary")
-		return 0
+		return nil
 	}
+	m = make(map[string]string)
 	for more := p.enter('{'); more; more = p.next('}') {
-		p.at(string(p.name()))
-		p.text()
+		name := string(p.name())
+		p.at(name)
+		text, _ := p.text()
+		m[name] = string(text)
 		p.up()
-		n++
 	}
-	return n
+	return m
 }
