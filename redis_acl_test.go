@@ -91,6 +91,12 @@ func requestsOfUser(t *testing.T, nodes []*redisServer, db int) {
 		t.Errorf("%s %s", r.Status, r.body)
 	}
 
+	path := templatesPath + "/" + g.do(http.MethodPost, templatesPath, `{"name":"t","system":"x"}`).template(t, 201).ID
+	g.do(http.MethodPatch, path, `{"model":"test/x"}`).template(t, 200)
+	if r := g.do(http.MethodDelete, path, ""); r.StatusCode != http.StatusNoContent {
+		t.Errorf("%s %s", r.Status, r.body)
+	}
+
 	user := redisModule(t, addresses(nodes)...)
 	user.Username, user.Password, user.DB = "mesh", "hunter2", db
 	s, dying := openRedis(t, user), openRedis(t, user)
