@@ -13,6 +13,7 @@ type account struct {
 	mu       sync.Mutex
 	balance  balance
 	reserved reservations
+	underWay underWay
 	faulty   bool           // the log says that Redis has something else in its place
 	unsaved  bool           // the writer has been told that there is something new
 	settled  []settledEvent // not yet with the writer; their costs are in balance already
@@ -33,6 +34,9 @@ type balance struct {
 	Total    Money `json:"total_usd"` // ever spent
 	Month    tally `json:"month"`     // spent, in nano-dollars
 	SpendDay tally `json:"spend_day"` // spent, in nano-dollars
+
+	// Tokens are those of requests that ended in a minute. They are counted once a request has come under a limit for them.
+	Tokens tally `json:"tokens,omitzero"`
 }
 
 // tally is a sum over one window.
@@ -68,35 +72,54 @@ func monthAfter(start int64) int64 { return time.Unix(start, 0).UTC().AddDate(0,
 
 // admit counts a request in both windows, unless one of the limits refuses it. A hard cap must have room for what is
 // claimed: all that is reserved, and the request's own largest cost.
-func (b *balance) admit(now time.Time, limits Limits, claimed Money) Verdict {
-	minute, day := b.Minute.at(minuteOf(now)), b.Day.at(dayOf(now))
+func (b *balance) admit(now time.Time, limits Limits, claimed Money, underWay int) Verdict {
+	minute, day, tokens := b.Minute.at(minuteOf(now)), b.Day.at(dayOf(now)), b.Tokens.at(minuteOf(now))
 	spend, spendReset := b.spent(now, limits.SpendPeriod)
 
-	refused := refusal(limits, spend, claimed, day.Sum, minute.Sum)
+	refused := limits.exhausted(use{spend, claimed, day.Sum, minute.Sum, tokens.Sum, int64(underWay)})
 	if refused == "" {
 		minute.Sum++
 		day.Sum++
 		b.Minute, b.Day = minute, day
+		if limits.TPM > 0 {
+			b.Tokens = tokens
+		}
 	}
-	return Verdict{
+	v := Verdict{
 		Refused: refused,
 		Minute:  Window{Used: minute.Sum, Reset: until(now, minute.Start+secondsPerMinute)},
 		Day:     Window{Used: day.Sum, Reset: until(now, day.Start+secondsPerDay)},
 		Spend:   spend,
 		Reset:   spendReset,
 	}
+	if limits.TPM > 0 {
+		v.Tokens = Window{Used: tokens.Sum, Reset: until(now, tokens.Start+secondsPerMinute)}
+	}
+	return v
 }
 
-func refusal(limits Limits, spend, claimed Money, day, minute int64) Limit {
+// use is what of each limit is used when a request comes.
+type use struct {
+	spend, claimed      Money
+	day, minute, tokens int64
+	underWay            int64
+}
+
+// exhausted returns the limit that refuses a request, or nothing.
+func (l *Limits) exhausted(u use) Limit {
 	switch {
-	case limits.SpendCap > 0 && spend >= limits.SpendCap:
+	case l.SpendCap > 0 && u.spend >= l.SpendCap:
 		return LimitSpend
-	case limits.SpendCap > 0 && limits.Hard && spend.plus(claimed) > limits.SpendCap:
+	case l.SpendCap > 0 && l.Hard && u.spend.plus(u.claimed) > l.SpendCap:
 		return LimitSpend
-	case limits.RPD > 0 && day >= limits.RPD:
+	case l.RPD > 0 && u.day >= l.RPD:
 		return LimitRPD
-	case limits.RPM > 0 && minute >= limits.RPM:
+	case l.RPM > 0 && u.minute >= l.RPM:
 		return LimitRPM
+	case l.TPM > 0 && u.tokens >= l.TPM:
+		return LimitTPM
+	case l.MaxConcurrency > 0 && u.underWay >= l.MaxConcurrency:
+		return LimitConcurrency
 	}
 	return ""
 }
@@ -120,6 +143,7 @@ func until(now time.Time, end int64) time.Duration { return time.Unix(end, 0).Su
 type charge struct {
 	total      Money
 	month, day tally
+	tokens     tally
 }
 
 // charge adds a cost to the spend of the day and month that t falls in, or to later ones already begun.
@@ -129,6 +153,14 @@ func (b *balance) charge(cost Money, t time.Time) charge {
 	b.Month, c.month = b.Month.at(monthOf(t)).add(cost)
 	b.SpendDay, c.day = b.SpendDay.at(dayOf(t)).add(cost)
 	return c
+}
+
+// countTokens adds tokens to those of the minute that t falls in, or of a later one already begun, and to the charge.
+func (b *balance) countTokens(tokens int64, t time.Time, c *charge) {
+	if b.Tokens.Start == 0 {
+		return
+	}
+	b.Tokens, c.tokens = b.Tokens.at(minuteOf(t)).add(Money(tokens))
 }
 
 func (t tally) add(cost Money) (sum, added tally) {
@@ -142,11 +174,12 @@ func addCost(m, cost Money) (sum, added Money) {
 	return sum, sum - m
 }
 
-// keepSpend has the spend of each period be no less than other says.
+// keepSpend has the spend of each period, and the minute's tokens, be no less than other says.
 func (b *balance) keepSpend(other *balance) {
 	b.Total = max(b.Total, other.Total)
 	b.Month = b.Month.atLeast(other.Month)
 	b.SpendDay = b.SpendDay.atLeast(other.SpendDay)
+	b.Tokens = b.Tokens.atLeast(other.Tokens)
 }
 
 func (t tally) atLeast(other tally) tally {
@@ -161,6 +194,7 @@ func (b *balance) refund(c charge) {
 	b.Total -= c.total
 	b.Month = b.Month.take(c.month)
 	b.SpendDay = b.SpendDay.take(c.day)
+	b.Tokens = b.Tokens.take(c.tokens)
 }
 
 func (t tally) take(added tally) tally {
@@ -196,18 +230,34 @@ func (r *reservations) release(requestID string) {
 
 // admit lets the request through or not, and reserves its largest cost where the cap is hard. The caller holds a.mu.
 func (a *account) admit(now time.Time, asked Admission) Verdict {
-	before, limits := a.balance, asked.Limits
-	if asked.Uncounted {
-		limits = limits.spendOnly()
-	}
-	verdict := a.balance.admit(now, limits, a.reserved.sum.plus(asked.MaxCost))
+	before := a.balance
+	verdict := a.balance.admit(now, asked.Limits, a.reserved.sum.plus(asked.MaxCost), len(a.underWay.requests))
 	if asked.Uncounted {
 		a.balance.Minute, a.balance.Day = before.Minute, before.Day
 	}
-	if verdict.Refused == "" && asked.Limits.Hard {
-		a.reserved.hold(asked.RequestID, asked.MaxCost)
+	if verdict.Refused == "" {
+		a.begin(asked, false)
 	}
 	return verdict
+}
+
+// begin notes what an admitted request may need until it is settled. shared is for one that the shared store counts too.
+func (a *account) begin(asked Admission, shared bool) {
+	if asked.Limits.Hard {
+		a.reserved.hold(asked.RequestID, asked.MaxCost)
+	}
+	if asked.Limits.MaxConcurrency > 0 {
+		a.underWay.begin(asked.RequestID, shared)
+	}
+}
+
+// settle charges for a request, and lets go of what begin noted. The caller holds a.mu.
+func (a *account) settle(e *Event) charge {
+	a.reserved.release(e.RequestID)
+	a.underWay.end(e.RequestID)
+	charged := a.balance.charge(e.Cost, e.Time)
+	a.balance.countTokens(e.PromptTokens+e.CompletionTokens, e.Time, &charged)
+	return charged
 }
 
 // change notes that the account has something to save, and reports whether the writer does not know that yet.

@@ -72,7 +72,7 @@ func TestWindowsAreAlignedToUTCAndNeverGoBack(t *testing.T) {
 		t.Run(tc.name, func(t *testing.T) {
 			var b balance
 			for _, step := range tc.steps {
-				step.check(t, b.admit(at(t, step.now), windowLimits, 0))
+				step.check(t, b.admit(at(t, step.now), windowLimits, 0, 0))
 			}
 		})
 	}
@@ -130,35 +130,86 @@ func TestSpendIsSummedOverItsPeriod(t *testing.T) {
 	}
 	for _, tc := range spendCases {
 		clone := b
-		tc.check(t, clone.admit(at(t, tc.now), tc.limits(), 0))
+		tc.check(t, clone.admit(at(t, tc.now), tc.limits(), 0, 0))
 	}
 }
 
-// refusalCases hold for every store, where a nano-dollar is spent and one request was counted.
+// refusalCases hold for every store, where a nano-dollar is spent, two requests were counted, of which one ended with five
+// tokens and the other is under way.
 var refusalCases = []struct {
 	limits Limits
 	want   Limit
 }{
-	{Limits{RPM: 1, RPD: 1, SpendCap: 1}, LimitSpend},
-	{Limits{RPM: 1, RPD: 1, SpendCap: 2}, LimitRPD},
-	{Limits{RPM: 1, RPD: 2, SpendCap: 2}, LimitRPM},
-	{Limits{RPM: 1}, LimitRPM},
+	{Limits{RPM: 2, RPD: 2, TPM: 5, MaxConcurrency: 1, SpendCap: 1}, LimitSpend},
+	{Limits{RPM: 2, RPD: 2, TPM: 5, MaxConcurrency: 1, SpendCap: 2}, LimitRPD},
+	{Limits{RPM: 2, RPD: 3, TPM: 5, MaxConcurrency: 1, SpendCap: 2}, LimitRPM},
+	{Limits{RPM: 3, RPD: 3, TPM: 5, MaxConcurrency: 1, SpendCap: 2}, LimitTPM},
+	{Limits{RPM: 3, RPD: 3, TPM: 6, MaxConcurrency: 1, SpendCap: 2}, LimitConcurrency},
+	{Limits{RPM: 3, RPD: 3, TPM: 6, MaxConcurrency: 2, SpendCap: 2}, ""},
+	{Limits{RPM: 2}, LimitRPM},
+	{Limits{TPM: 4}, LimitTPM},
 	{Limits{}, ""},
 }
+
+// refusalBegin are the limits of the requests before those of refusalCases.
+var refusalBegin = Limits{TPM: 100, MaxConcurrency: 100}
 
 func TestRefusedRequestCountsNowhere(t *testing.T) {
 	now := at(t, "2026-11-24T10:00:00Z")
 	for _, tc := range refusalCases {
-		var b balance
-		b.charge(1, now)
-		b.admit(now, Limits{}, 0)
-		before := b
-		if got := b.admit(now, tc.limits, 0).Refused; got != tc.want {
+		var a account
+		for i := range 2 {
+			a.admit(now, Admission{RequestID: requestID(i), Limits: refusalBegin})
+		}
+		a.settle(&Event{RequestID: requestID(0), Cost: 1, PromptTokens: 2, CompletionTokens: 3, Time: now})
+		before := a.balance
+		if got := a.admit(now, Admission{RequestID: "next", Limits: tc.limits}).Refused; got != tc.want {
 			t.Errorf("%+v: refused by %q, want %q", tc.limits, got, tc.want)
 		}
-		if tc.want != "" && b != before {
-			t.Errorf("%+v: a refused request changed %+v to %+v", tc.limits, before, b)
+		if tc.want != "" && (a.balance != before || len(a.underWay.requests) != 1) {
+			t.Errorf("%+v: a refused request changed %+v to %+v", tc.limits, before, a.balance)
 		}
+	}
+}
+
+func TestTokensBelongToTheMinuteInWhichARequestEnds(t *testing.T) {
+	var a account
+	limits := Limits{TPM: 10}
+	used := func(now string) int64 { return a.admit(at(t, now), Admission{Limits: limits}).Tokens.Used }
+	end := func(now string, tokens int64) { a.settle(&Event{PromptTokens: tokens, Time: at(t, now)}) }
+	end("2026-11-24T10:00:00Z", 7) // before there was a limit
+	for _, step := range []struct {
+		now  string
+		ends int64
+		want int64
+	}{
+		{"2026-11-24T10:00:01Z", 0, 0},
+		{"2026-11-24T10:00:02Z", 4, 4},
+		{"2026-11-24T10:00:59.9Z", 5, 9},
+		{"2026-11-24T10:01:00Z", 0, 0},
+		{"2026-11-24T10:01:30Z", 25, 25},
+		{"2026-11-24T10:00:59Z", 0, 25}, // a clock that steps back refills nothing
+		{"2026-11-24T10:02:00Z", 0, 0},
+	} {
+		end(step.now, step.ends)
+		if got := used(step.now); got != step.want {
+			t.Errorf("%s: %d tokens, want %d", step.now, got, step.want)
+		}
+	}
+}
+
+func TestRefundedTokensAreFreeAgain(t *testing.T) {
+	now := at(t, "2026-11-24T10:00:00Z")
+	var a account
+	a.admit(now, Admission{Limits: Limits{TPM: 10}})
+	a.settle(&Event{Time: now})
+	before := a.balance
+	c := a.settle(&Event{Cost: 3, PromptTokens: 8, Time: now})
+	if a.balance.Tokens.Sum != 8 {
+		t.Fatalf("%+v", a.balance)
+	}
+	if a.balance.refund(c); a.balance != before {
+		t.Errorf("%+v, want %+v", a.balance, before)
 	}
 }
 

@@ -6,7 +6,9 @@ import (
 	"encoding/hex"
 	"errors"
 	"fmt"
+	"maps"
 	"net/http"
+	"slices"
 	"strings"
 	"time"
 
@@ -31,6 +33,13 @@ type Key struct {
 	// How many requests it may make in each UTC day. Default: no limit.
 	RPD int64 `json:"rpd,omitempty"`
 
+	// How many tokens, of prompts and answers, it may use in each UTC minute. They are counted when a request has ended: a
+	// request is let through while those of its minute are below the limit. Default: no limit.
+	TPM int64 `json:"tpm,omitempty"`
+
+	// How many of its requests may be under way at the same time. Default: no limit.
+	MaxConcurrency int64 `json:"max_concurrency,omitempty"`
+
 	// How much it may spend in each spend_period, in USD, as a decimal string. The cap is soft, unless spend_cap_hard is
 	// set: a request that begins below it runs to its end. Default: no limit.
 	SpendCap Money `json:"spend_cap_usd,omitempty"`
@@ -50,8 +59,11 @@ type Key struct {
 	// The model of a request that names none.
 	DefaultModel string `json:"default_model,omitempty"`
 
-	// Members of a request for the upstream, where the request does not have them.
+	// Inference parameters of its requests, such as `temperature`, where they do not set them themselves.
 	DefaultParams Params `json:"default_params,omitempty"`
+
+	// What else is to be known of the key: up to 32 values of up to 512 bytes, by names of up to 64 bytes.
+	Metadata map[string]string `json:"metadata,omitempty"`
 
 	// When it stops being valid. Default: never.
 	Expires time.Time `json:"expires,omitzero"`
@@ -93,6 +105,10 @@ func (k *Key) checkTerms() error {
 		return fmt.Errorf("rpm: %d is negative", k.RPM)
 	case k.RPD < 0:
 		return fmt.Errorf("rpd: %d is negative", k.RPD)
+	case k.TPM < 0:
+		return fmt.Errorf("tpm: %d is negative", k.TPM)
+	case k.MaxConcurrency < 0:
+		return fmt.Errorf("max_concurrency: %d is negative", k.MaxConcurrency)
 	case k.SpendCap < 0:
 		return fmt.Errorf("spend_cap_usd: %s is negative", k.SpendCap)
 	case k.HardCap && k.SpendCap == 0:
@@ -111,6 +127,22 @@ func (k *Key) checkTerms() error {
 	}
 	if err := k.DefaultParams.check(); err != nil {
 		return fmt.Errorf("default_params: %w", err)
+	}
+	return checkMetadata(k.Metadata)
+}
+
+func checkMetadata(metadata map[string]string) error {
+	const most, longestName, longestValue = 32, 64, 512
+	if len(metadata) > most {
+		return fmt.Errorf("metadata: it has %d entries, and %d is the most", len(metadata), most)
+	}
+	for _, name := range slices.Sorted(maps.Keys(metadata)) {
+		switch {
+		case name == "" || len(name) > longestName:
+			return fmt.Errorf("metadata: the name %.64q is not one of 1 to %d bytes", name, longestName)
+		case len(metadata[name]) > longestValue:
+			return fmt.Errorf("metadata: the value of %s is longer than %d bytes", name, longestValue)
+		}
 	}
 	return nil
 }
@@ -142,7 +174,15 @@ func (k *Key) mayReach(name string) bool {
 }
 
 func (k *Key) limits() Limits {
-	return Limits{RPM: k.RPM, RPD: k.RPD, SpendCap: k.SpendCap, SpendPeriod: k.SpendPeriod, Hard: k.HardCap}
+	return Limits{
+		RPM:            k.RPM,
+		RPD:            k.RPD,
+		TPM:            k.TPM,
+		MaxConcurrency: k.MaxConcurrency,
+		SpendCap:       k.SpendCap,
+		SpendPeriod:    k.SpendPeriod,
+		Hard:           k.HardCap,
+	}
 }
 
 type digest [sha256.Size]byte

@@ -21,16 +21,19 @@ import (
 //			...
 //		}
 //		key <secret> {
-//			name          <name>
-//			owner         <name>
-//			rpm           <requests per minute>
-//			rpd           <requests per day>
-//			spend_cap_usd <amount> [total|month|day] [hard]
-//			models        <names or patterns...>
-//			default_model <name>
-//			default_params <name> <value> ...
-//			expires       <RFC 3339 time>
+//			name            <name>
+//			owner           <name>
+//			rpm             <requests per minute>
+//			rpd             <requests per day>
+//			tpm             <tokens per minute>
+//			max_concurrency <requests at the same time>
+//			spend_cap_usd   <amount> [total|month|day] [hard]
+//			models          <names or patterns...>
+//			default_model   <name>
+//			default_params  <name> <value> ...
+//			expires         <RFC 3339 time>
 //			suspended
+//			metadata        <name> <value>
 //		}
 //		upstream <name> <addresses...> {
 //			api_key   <key>
@@ -255,17 +258,35 @@ func (p *blockParser) key(h *Handler) error {
 	}
 	h.Keys = append(h.Keys, k)
 	return p.block(words{
-		"name":           {parse: func() error { return p.text(&k.Name) }},
-		"owner":          {parse: func() error { return p.text(&k.Owner) }},
-		"default_params": {parse: func() error { return p.params(&k.DefaultParams) }},
-		"rpm":            {parse: func() error { return p.number(&k.RPM) }},
-		"rpd":            {parse: func() error { return p.number(&k.RPD) }},
-		"spend_cap_usd":  {parse: func() error { return p.spendCap(k) }},
-		"models":         {parse: func() error { return p.list(&k.Models) }},
-		"default_model":  {parse: func() error { return p.text(&k.DefaultModel) }},
-		"expires":        {parse: func() error { return p.time(&k.Expires) }},
-		"suspended":      {parse: func() error { return p.flag(&k.Suspended) }},
+		"name":            {parse: func() error { return p.text(&k.Name) }},
+		"owner":           {parse: func() error { return p.text(&k.Owner) }},
+		"rpm":             {parse: func() error { return p.number(&k.RPM) }},
+		"rpd":             {parse: func() error { return p.number(&k.RPD) }},
+		"tpm":             {parse: func() error { return p.number(&k.TPM) }},
+		"max_concurrency": {parse: func() error { return p.number(&k.MaxConcurrency) }},
+		"spend_cap_usd":   {parse: func() error { return p.spendCap(k) }},
+		"models":          {parse: func() error { return p.list(&k.Models) }},
+		"default_model":   {parse: func() error { return p.text(&k.DefaultModel) }},
+		"default_params":  {parse: func() error { return p.params(&k.DefaultParams) }},
+		"expires":         {parse: func() error { return p.time(&k.Expires) }},
+		"suspended":       {parse: func() error { return p.flag(&k.Suspended) }},
+		"metadata":        {parse: func() error { return p.metadata(k) }, many: true},
 	})
+}
+
+func (p *blockParser) metadata(k *Key) error {
+	var name, value string
+	if !p.AllArgs(&name, &value) {
+		return p.ArgErr()
+	}
+	if _, twice := k.Metadata[name]; twice {
+		return p.Errf("metadata %s is given twice", name)
+	}
+	if k.Metadata == nil {
+		k.Metadata = make(map[string]string)
+	}
+	k.Metadata[name] = value
+	return nil
 }
 
 func (p *blockParser) spendCap(k *Key) (err error) {

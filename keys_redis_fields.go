@@ -22,11 +22,15 @@ var keyFields = []keyField{
 	{"owner", textField(func(k *Key) *string { return &k.Owner }), func(k *Key) string { return k.Owner }},
 	{"rpm", countField(func(k *Key) *int64 { return &k.RPM }), func(k *Key) string { return unlessZero(k.RPM) }},
 	{"rpd", countField(func(k *Key) *int64 { return &k.RPD }), func(k *Key) string { return unlessZero(k.RPD) }},
+	{"tpm", countField(func(k *Key) *int64 { return &k.TPM }), func(k *Key) string { return unlessZero(k.TPM) }},
+	{"max_concurrency", countField(func(k *Key) *int64 { return &k.MaxConcurrency }), func(k *Key) string { return unlessZero(k.MaxConcurrency) }},
 	{"spend_cap_usd", readSpendCap, writeSpendCap},
 	{"spend_period", textField(func(k *Key) *string { return (*string)(&k.SpendPeriod) }), func(k *Key) string { return string(k.SpendPeriod) }},
 	{"spend_cap_hard", boolField(func(k *Key) *bool { return &k.HardCap }), func(k *Key) string { return ifTrue(k.HardCap) }},
 	{"models", readKeyModels, writeKeyModels},
 	{"default_model", readDefaultModel, func(k *Key) string { return k.DefaultModel }},
+	{"default_params", readParams, func(k *Key) string { return writeObject(k.DefaultParams) }},
+	{"metadata", readMetadata, func(k *Key) string { return writeObject(k.Metadata) }},
 	{"expires", readExpires, writeExpires},
 	{"suspended", boolField(func(k *Key) *bool { return &k.Suspended }), func(k *Key) string { return ifTrue(k.Suspended) }},
 }
@@ -97,7 +101,7 @@ func countField(field func(*Key) *int64) func(*Key, string) error {
 	return func(k *Key, s string) error {
 		n, err := strconv.ParseInt(s, 10, 64)
 		if err != nil {
-			return fmt.Errorf("%q is not a number of requests", s)
+			return fmt.Errorf("%q is not a number", s)
 		}
 		if n == 0 {
 			return errZeroLimit
@@ -169,6 +173,25 @@ func writeKeyModels(k *Key) string {
 func readDefaultModel(k *Key, s string) error {
 	k.DefaultModel = s
 	return checkName(s)
+}
+
+func readParams(k *Key, s string) error { return readObject(s, &k.DefaultParams) }
+
+func readMetadata(k *Key, s string) error { return readObject(s, &k.Metadata) }
+
+func readObject(s string, to any) error {
+	if err := json.Unmarshal([]byte(s), to); err != nil {
+		return fmt.Errorf("not a JSON object of what belongs there: %w", err)
+	}
+	return nil
+}
+
+func writeObject[M ~map[string]T, T any](object M) string {
+	if len(object) == 0 {
+		return ""
+	}
+	encoded, _ := encodeJSON(object) // strings, and JSON that was checked: cannot fail
+	return string(encoded)
 }
 
 func readExpires(k *Key, s string) (err error) {

@@ -1,6 +1,7 @@
 package mesh
 
 import (
+	"encoding/json"
 	"fmt"
 	"reflect"
 	"strings"
@@ -48,7 +49,9 @@ func (s *redisKeys) mustWrite(t testing.TB, secret digest, k *Key) {
 
 func TestKeyIsReadAsItWasWritten(t *testing.T) {
 	keys := startRedis(t).keys()
-	full := &Key{id: "team-a", Name: "Team A", Owner: "acme \x00\n", RPM: 60, RPD: 1 << 40, SpendCap: 25*usd + 1, SpendPeriod: PeriodMonth,
+	full := &Key{id: "team-a", Name: "Team A", Owner: "acme \x00\n", RPM: 60, RPD: 1 << 40, TPM: 1 << 50,
+		MaxConcurrency: 3, DefaultParams: Params{"temperature": json.RawMessage("0.50"), "stop": json.RawMessage(`["a"]`)},
+		Metadata: map[string]string{"team": `"a"`}, SpendCap: 25*usd + 1, SpendPeriod: PeriodMonth,
 		HardCap: true, Models: []string{"openai/*", `a/"b"`}, DefaultModel: "openai/gpt-4o",
 		Expires: time.Date(2027, 1, 2, 3, 4, 5, 6, time.UTC), Suspended: true}
 	for _, want := range []*Key{full, {id: "b"}} {
@@ -79,6 +82,11 @@ func TestKeyThatCannotBeUnderstoodIsRefusedAndLoggedOnce(t *testing.T) {
 		{"rpm", "1.5", `key team-a: rpm: "1.5" is not`},
 		{"rpm", "0", `key team-a: rpm: 0 would refuse every request`},
 		{"rpd", "-1", `key team-a: rpd: -1 is negative`},
+		{"tpm", "-1", `key team-a: tpm: -1 is negative`},
+		{"max_concurrency", "0", `key team-a: max_concurrency: 0 would refuse every request`},
+		{"default_params", "x", `key team-a: default_params: not a JSON object`},
+		{"default_params", `{"temperature":3}`, `key team-a: default_params: temperature: Input should be less`},
+		{"metadata", `{"a":1}`, `key team-a: metadata: not a JSON object`},
 		{"spend_cap_usd", "-1", `key team-a: spend_cap_usd: "-1" is not a decimal`},
 		{"spend_cap_usd", "0.00", `key team-a: spend_cap_usd: 0 would refuse every request`},
 		{"spend_cap_usd", "1e3", `key team-a: spend_cap_usd: "1e3" is not a decimal`},

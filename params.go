@@ -27,6 +27,9 @@ func isOwned(name string) bool {
 func (p *parser) param(name string) {
 	i, exact := lookup(chatNames, []byte(name))
 	switch {
+	case name == "":
+		p.skip()
+		p.faultf("value_error", "Value error, a parameter needs a name")
 	case isOwned(name):
 		p.skip()
 		p.faultf("value_error", "Value error, "+name+" cannot be a default")
@@ -53,7 +56,7 @@ func (ps Params) check() error {
 			return fmt.Errorf("%s: it is not JSON: %w", name, p.err)
 		}
 		if len(p.faults) > 0 {
-			return errors.New(p.faults[0].where() + ": " + p.faults[0].Msg)
+			return errors.New(p.faults[0].where() + ": " + strings.TrimPrefix(p.faults[0].Msg, "Value error, "))
 		}
 	}
 	return nil
@@ -71,6 +74,9 @@ func (p *blockParser) params(to *Params) error {
 			return p.Errf("%s is given twice", args[i])
 		}
 		ps[args[i]] = paramValue(args[i+1])
+	}
+	if err := ps.check(); err != nil {
+		return p.WrapErr(err)
 	}
 	*to = ps
 	return nil

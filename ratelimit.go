@@ -10,11 +10,14 @@ import (
 // admit asks the store to let the request through, and tells the client where its key stands.
 func (x *exchange) admit(store Store, req *chatRequest, candidates []candidate) *apiError {
 	limits := x.key.limits()
+	if x.uncounted {
+		limits = limits.spendOnly()
+	}
 	maxCost, bounded := req.maxCost(candidates)
 	if limits.Hard && !bounded {
 		return errUnbounded
 	}
-	verdict, err := x.h.asks.ask(x.r.Context(), store, Admission{
+	verdict, err := x.ask(store, Admission{
 		KeyID:     x.key.id,
 		RequestID: x.event.RequestID,
 		Limits:    limits,
@@ -29,6 +32,28 @@ func (x *exchange) admit(store Store, req *chatRequest, candidates []candidate) 
 	limits.describe(verdict, x.w.Header())
 	x.noteCap(limits, verdict)
 	return limits.refusal(verdict, maxCost)
+}
+
+const (
+	firstTurnPause = 2 * time.Millisecond
+	longestForTurn = 250 * time.Millisecond
+)
+
+// ask asks the store, and again where too many requests are under way: a client that sends one after another has the
+// last byte of one a moment before the store hears that it has ended.
+func (x *exchange) ask(store Store, a Admission) (Verdict, error) {
+	ctx := x.r.Context()
+	for pause, waited := firstTurnPause, time.Duration(0); ; pause, waited = 2*pause, waited+pause {
+		verdict, err := x.h.asks.ask(ctx, store, a)
+		if err != nil || verdict.Refused != LimitConcurrency || waited >= longestForTurn {
+			return verdict, err
+		}
+		select {
+		case <-time.After(pause):
+		case <-ctx.Done():
+			return verdict, nil
+		}
+	}
 }
 
 // errUnbounded is a 402, as a hard cap is what refuses the request, and says what would let it pass.
@@ -107,7 +132,7 @@ func (r *chatRequest) expectedAnswer(c candidate, prompt, average int64) int64 {
 	return average
 }
 
-// spendOnly returns the limits without those of requests.
+// spendOnly returns the limits without those that are not about money.
 func (l Limits) spendOnly() Limits {
 	return Limits{SpendCap: l.SpendCap, SpendPeriod: l.SpendPeriod, Hard: l.Hard}
 }
@@ -124,16 +149,20 @@ func (l Limits) refusal(v Verdict, maxCost Money) *apiError {
 		return errorf(http.StatusPaymentRequired, "spend_limit_exceeded",
 			"This API key has spent %s USD of its cap of %s USD%s.", v.Spend, l.SpendCap, l.SpendPeriod.phrase())
 	case LimitRPD:
-		return rateLimited("day", l.RPD, v.Day.Reset)
+		return rateLimited(l.RPD, "requests per day", v.Day.Reset)
 	case LimitRPM:
-		return rateLimited("minute", l.RPM, v.Minute.Reset)
+		return rateLimited(l.RPM, "requests per minute", v.Minute.Reset)
+	case LimitTPM:
+		return rateLimited(l.TPM, "tokens per minute", v.Tokens.Reset)
+	case LimitConcurrency:
+		return rateLimited(l.MaxConcurrency, "requests at the same time", time.Second)
 	}
 	return nil
 }
 
-func rateLimited(window string, limit int64, reset time.Duration) *apiError {
+func rateLimited(limit int64, of string, reset time.Duration) *apiError {
 	e := errorf(http.StatusTooManyRequests, "rate_limit_exceeded",
-		"Rate limit reached: %d requests per %s. Try again in %d s.", limit, window, seconds(reset))
+		"Rate limit reached: %d %s. Try again in %d s.", limit, of, seconds(reset))
 	e.retryAfter = reset
 	return e
 }
@@ -157,9 +186,9 @@ func (p Period) phrase() string {
 }
 
 // describe sets the rate limit headers: those OpenAI's clients know for the minute, and those of the IETF's draft
-// (draft-ietf-httpapi-ratelimit-headers-10) for both windows.
+// (draft-ietf-httpapi-ratelimit-headers-10) for all windows.
 func (l Limits) describe(v Verdict, header http.Header) {
-	if l.RPM == 0 && l.RPD == 0 {
+	if l.RPM == 0 && l.RPD == 0 && l.TPM == 0 {
 		return
 	}
 	policy, state := make([]byte, 0, 64), make([]byte, 0, 64)
@@ -177,14 +206,19 @@ func (l Limits) describe(v Verdict, header http.Header) {
 	}
 	add(`"rpm"`, l.RPM, secondsPerMinute, v.Minute)
 	add(`"rpd"`, l.RPD, secondsPerDay, v.Day)
+	add(`"tpm"`, l.TPM, secondsPerMinute, v.Tokens)
 	header.Set("Ratelimit-Policy", string(policy))
 	header.Set("Ratelimit", string(state))
-	if l.RPM == 0 {
-		return
+	if l.RPM > 0 {
+		header.Set("X-Ratelimit-Limit-Requests", strconv.FormatInt(l.RPM, 10))
+		header.Set("X-Ratelimit-Remaining-Requests", strconv.FormatInt(remaining(l.RPM, v.Minute), 10))
+		header.Set("X-Ratelimit-Reset-Requests", strconv.Itoa(seconds(v.Minute.Reset))+"s")
 	}
-	header.Set("X-Ratelimit-Limit-Requests", strconv.FormatInt(l.RPM, 10))
-	header.Set("X-Ratelimit-Remaining-Requests", strconv.FormatInt(remaining(l.RPM, v.Minute), 10))
-	header.Set("X-Ratelimit-Reset-Requests", strconv.Itoa(seconds(v.Minute.Reset))+"s")
+	if l.TPM > 0 {
+		header.Set("X-Ratelimit-Limit-Tokens", strconv.FormatInt(l.TPM, 10))
+		header.Set("X-Ratelimit-Remaining-Tokens", strconv.FormatInt(remaining(l.TPM, v.Tokens), 10))
+		header.Set("X-Ratelimit-Reset-Tokens", strconv.Itoa(seconds(v.Tokens.Reset))+"s")
+	}
 }
 
 // remaining is never negative: the limit may have been lowered within the window.

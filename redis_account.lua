@@ -2,6 +2,7 @@
 --
 -- A key's account is one hash, with the fields of a local store's balance:
 --   minute, minute_used, day, day_used    the windows of requests
+--   tokens_minute, tokens_minute_used     that of tokens, once there has been a limit for them
 --   total, month, month_spent, spend_day, spend_day_spent, reserved    money
 -- A window's start is in Unix seconds. A window that began earlier than the one the clock is in counts as empty, and
 -- one that begins later stays: a clock that was set back refills nothing.

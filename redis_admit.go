@@ -85,8 +85,15 @@ func (s *redisStore) admitUnanswered(a Admission, cause error) (Verdict, error) 
 	verdict, err := s.admitWithout(a, cause)
 	if err != nil || verdict.Refused != "" {
 		s.void(a)
+		return verdict, err
 	}
-	return verdict, err
+	if a.Limits.MaxConcurrency > 0 {
+		account := s.accounts.of(a.KeyID)
+		account.mu.Lock()
+		account.underWay.begin(a.RequestID, true)
+		account.mu.Unlock()
+	}
+	return verdict, nil
 }
 
 func (s *redisStore) admitKeys(a Admission) []string {
@@ -95,10 +102,22 @@ func (s *redisStore) admitKeys(a Admission) []string {
 
 func (s *redisStore) admitArgs(a Admission, pending string) []any {
 	l := a.Limits
-	if a.Uncounted {
-		l = l.spendOnly()
+	args := []any{a.RequestID, l.RPM, l.RPD, int64(l.SpendCap), string(l.SpendPeriod), l.Hard, int64(a.MaxCost), pending, a.Uncounted}
+	if l.TPM == 0 && l.MaxConcurrency == 0 {
+		return args
 	}
-	return []any{a.RequestID, l.RPM, l.RPD, int64(l.SpendCap), string(l.SpendPeriod), l.Hard, int64(a.MaxCost), pending, a.Uncounted}
+	args = append(args, l.TPM, l.MaxConcurrency)
+	if l.MaxConcurrency == 0 {
+		return args
+	}
+	account := s.accounts.of(a.KeyID)
+	account.mu.Lock()
+	defer account.mu.Unlock()
+	args = append(args, account.underWay.unshared())
+	for id := range account.underWay.ended {
+		args = append(args, id)
+	}
+	return args
 }
 
 // requestBegan returns when a request began, as its id says.
@@ -139,10 +158,10 @@ func (s *redisStore) pendingEntry(a Admission) (string, error) {
 // readVerdict reads what the script returned, and has this instance's own account go on from there should Redis fail.
 func (s *redisStore) readVerdict(reply any, a Admission) (Verdict, error) {
 	fields, ok := reply.([]any)
-	if !ok || len(fields) != 9 {
+	var n [11]int64
+	if !ok || len(fields) != 9 && len(fields) != len(n) {
 		return Verdict{}, answerError("admit", reply)
 	}
-	var n [9]int64
 	for i, field := range fields {
 		text, ok := field.(string)
 		if !ok {
@@ -164,6 +183,10 @@ func (s *redisStore) readVerdict(reply any, a Admission) (Verdict, error) {
 		Minute:  Window{Used: b.Minute.Sum, Reset: until(now, b.Minute.Start+secondsPerMinute)},
 		Day:     Window{Used: b.Day.Sum, Reset: until(now, b.Day.Start+secondsPerDay)},
 		Spend:   Money(period.Sum),
+	}
+	if a.Limits.TPM > 0 {
+		b.Tokens = tally{n[9], n[10]}
+		v.Tokens = Window{Used: b.Tokens.Sum, Reset: until(now, b.Tokens.Start+secondsPerMinute)}
 	}
 	switch a.Limits.SpendPeriod {
 	case PeriodMonth:
@@ -196,9 +219,9 @@ func (s *redisStore) remember(a Admission, admitted bool, b balance, now time.Ti
 	account.balance = b
 	account.reserved.release(a.RequestID)
 	spend, _ = b.spent(now, a.Limits.SpendPeriod)
-	fits = refusal(a.Limits, spend, account.reserved.sum.plus(a.MaxCost), 0, 0) == ""
-	if admitted && fits && a.Limits.Hard {
-		account.reserved.hold(a.RequestID, a.MaxCost)
+	fits = a.Limits.exhausted(use{spend: spend, claimed: account.reserved.sum.plus(a.MaxCost)}) == ""
+	if admitted && fits {
+		account.begin(a, true)
 	}
 	return spend, fits
 }
@@ -210,7 +233,15 @@ func (s *redisStore) unsettled() bool {
 
 // void undoes an admission.
 func (s *redisStore) void(a Admission) {
-	if a.RequestID != "" {
-		s.queue.add(settlement{Kind: settleVoid, Event: Event{KeyID: a.KeyID, RequestID: a.RequestID}})
+	if a.RequestID == "" {
+		return
 	}
+	if a.Limits.MaxConcurrency > 0 {
+		account := s.accounts.of(a.KeyID)
+		account.mu.Lock()
+		account.underWay.begin(a.RequestID, true) // as far as Redis knows
+		account.underWay.end(a.RequestID)
+		account.mu.Unlock()
+	}
+	s.queue.add(settlement{Kind: settleVoid, Event: Event{KeyID: a.KeyID, RequestID: a.RequestID}})
 }

@@ -90,8 +90,11 @@ func TestRequestRefusedByRedisCountsNowhere(t *testing.T) {
 	s.redisClock(at(t, "2026-11-24T10:00:00Z"))
 	for i, tc := range refusalCases {
 		keyID := strconv.Itoa(i)
-		settleNow(t, s, Event{RequestID: requestID(i), KeyID: keyID, Cost: 1})
-		admitRedis(t, s, Admission{KeyID: keyID})
+		ended, underWay := requestID(2*i), requestID(2*i+1)
+		for _, id := range []string{ended, underWay} {
+			admitRedis(t, s, Admission{KeyID: keyID, RequestID: id, Limits: refusalBegin})
+		}
+		settleNow(t, s, Event{RequestID: ended, KeyID: keyID, Cost: 1, PromptTokens: 2, CompletionTokens: 3, Time: s.now()})
 		dump := func() string {
 			return fmt.Sprint(s.client.HGetAll(t.Context(), s.key(keyID, "account")).Val(), readRedis(t, s, keyID))
 		}

@@ -47,6 +47,18 @@ func (r *redisAccounts) of(keyID string) *account {
 	return found.(*account)
 }
 
+// settled is for when Redis knows of a request's end.
+func (r *redisAccounts) settled(e *Event) {
+	found, ok := r.byKey.Load(e.KeyID)
+	if !ok {
+		return
+	}
+	account := found.(*account)
+	account.mu.Lock()
+	account.underWay.settled(e.RequestID)
+	account.mu.Unlock()
+}
+
 // register has the heart tell Redis of key ids.
 func (r *redisAccounts) register(keyIDs ...string) {
 	r.mu.Lock()

@@ -99,8 +99,7 @@ func (s *redisStore) Settle(e Event) {
 	}
 	account := s.accounts.of(e.KeyID)
 	account.mu.Lock()
-	account.reserved.release(e.RequestID)
-	account.balance.charge(e.Cost, e.Time)
+	account.settle(&e)
 	account.mu.Unlock()
 	s.queue.add(settlement{Kind: settleEvent, Event: e, entry: entry})
 }
@@ -227,6 +226,7 @@ func (s *redisStore) settleArgs(one *settlement) []any {
 	return []any{
 		e.RequestID, one.Kind, entry, s.maxEvents, int64(e.Cost), e.Model,
 		e.PromptTokens, e.CachedTokens, e.CompletionTokens, e.Outcome.failed(), unixOfRequest(e.RequestID), one.Sent,
+		s.now().Sub(e.Time) < time.Minute,
 	}
 }
 

@@ -1,7 +1,7 @@
 -- KEYS: account, pending, done, lost, ledger, usage of the day, usage of the session (if any)
 -- ARGV: request id, 'settle' | 'lost' | 'void' | 'drop', entry, entries to keep, cost, model, prompt tokens, cached tokens,
 -- completion tokens, '1' if the request failed, when the request began (Unix seconds, or ''), '1' if this may have been
--- entered before
+-- entered before, '1' if it ended less than a minute ago
 -- Returns: 1 if the ledger has the entry now and had none before, 2 if it replaced an estimate, 0 if nothing was to do,
 -- 3 if it cannot be told any more whether it was entered before, and nothing was done.
 --
@@ -98,7 +98,7 @@ if estimate then
 end
 
 local u = {cost = ARGV[5], model = counted_as(ARGV[6]), prompt = ARGV[7], cached = ARGV[8], completion = ARGV[9], failed = ARGV[10]}
-local a = redis.call('HMGET', account, 'month', 'spend_day')
+local a = redis.call('HMGET', account, 'month', 'spend_day', 'tokens_minute')
 local month, day = month_of(now), day_of(now)
 if month > (tonumber(a[1]) or 0) then
 	redis.call('HSET', account, 'month', whole(month), 'month_spent', '0')
@@ -111,6 +111,13 @@ end
 add(account, 'total', u.cost)
 add(account, 'month_spent', u.cost)
 add(account, 'spend_day_spent', u.cost)
+if a[3] and kind == 'settle' and not estimate and ARGV[13] == '1' then -- else its minute is long over
+	local minute = now - now % MINUTE
+	if minute > tonumber(a[3]) then
+		redis.call('HSET', account, 'tokens_minute', whole(minute), 'tokens_minute_used', '0')
+	end
+	add(account, 'tokens_minute_used', whole(tonumber(u.prompt) + tonumber(u.completion)))
+end
 redis.call('EXPIRE', account, ACCOUNT_TTL)
 count(u, '')
 

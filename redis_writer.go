@@ -147,6 +147,9 @@ func (s *redisStore) sendBatch(batch []settlement) []fate {
 	fates := s.enter(batch)
 	var taken []settlement
 	for i, f := range fates {
+		if f != notEntered {
+			s.accounts.settled(&batch[i].Event)
+		}
 		switch f {
 		case entered:
 			taken = append(taken, batch[i])

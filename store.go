@@ -60,17 +60,19 @@ type Admission struct {
 	Limits    Limits
 	MaxCost   Money         // the most the request can cost; a hard cap must have room for it
 	Waited    time.Duration // for the store already, to find the key
-	Uncounted bool          // it is part of a request that was admitted: only a spend cap can refuse it
+	Uncounted bool          // it is part of a request that was counted
 	Pending   Event         // what a store that several gateways share charges if this one dies before it settles the request
 }
 
 // Limits are what a key may use. Zero values mean no limit.
 type Limits struct {
-	RPM         int64 // requests in a UTC minute
-	RPD         int64 // requests in a UTC day
-	SpendCap    Money
-	SpendPeriod Period // of SpendCap
-	Hard        bool   // SpendCap is never passed: each request reserves its MaxCost until it is settled
+	RPM            int64 // requests in a UTC minute
+	RPD            int64 // requests in a UTC day
+	TPM            int64 // tokens, of requests that have ended, in a UTC minute
+	MaxConcurrency int64 // requests under way
+	SpendCap       Money
+	SpendPeriod    Period // of SpendCap
+	Hard           bool   // SpendCap is never passed: each request reserves its MaxCost until it is settled
 }
 
 // Period is the time over which spend is summed, in UTC: "total" (also when empty), "month" or "day".
@@ -86,18 +88,21 @@ const (
 // Limit names one of the limits of a key.
 type Limit string
 
-// The limits a request can be refused by.
+// The limits a request can be refused by. Where several would refuse it, the first of these does.
 const (
-	LimitRPM   Limit = "rpm"
-	LimitRPD   Limit = "rpd"
-	LimitSpend Limit = "spend"
+	LimitSpend       Limit = "spend"
+	LimitRPD         Limit = "rpd"
+	LimitRPM         Limit = "rpm"
+	LimitTPM         Limit = "tpm"
+	LimitConcurrency Limit = "concurrency"
 )
 
 // Verdict is the answer to an Admission, and where the key stands after it.
 type Verdict struct {
-	Refused Limit         // which limit refused the request; empty if it may run. Spend comes before RPD, RPD before RPM.
+	Refused Limit         // which limit refused the request; empty if it may run
 	Minute  Window        // requests in the current minute
 	Day     Window        // requests in the current day
+	Tokens  Window        // tokens in the current minute; where there is a limit for them
 	Spend   Money         // in the period that was asked for
 	Reset   time.Duration // until the period of spend ends; 0 for a total
 }

@@ -201,8 +201,7 @@ func (s *localStore) Settle(e Event) {
 	hasRoom := s.unsaved.Add(1) <= s.maxUnsaved
 	account := s.account(e.KeyID)
 	account.mu.Lock()
-	account.reserved.release(e.RequestID)
-	charged := account.balance.charge(e.Cost, e.Time)
+	charged := account.settle(&e)
 	if hasRoom {
 		account.settled = append(account.settled, settledEvent{e.RequestID, encoded, charged})
 	}
