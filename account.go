@@ -24,6 +24,7 @@ type settledEvent struct {
 	requestID string
 	encoded   []byte
 	charge    charge
+	used      eventUsage
 }
 
 // balance is where a key stands. Its windows are derived, not reset: one that began earlier than the window a request

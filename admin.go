@@ -33,6 +33,7 @@ func (adminAPI) CaddyModule() caddy.ModuleInfo {
 func (adminAPI) Routes() []caddy.AdminRoute {
 	return []caddy.AdminRoute{
 		{Pattern: "/mesh/health", Handler: caddy.AdminHandlerFunc(health)},
+		{Pattern: "/mesh/usage", Handler: caddy.AdminHandlerFunc(adminUsage)},
 		{Pattern: "/mesh/templates", Handler: caddy.AdminHandlerFunc(adminTemplates)},
 		{Pattern: "/mesh/templates/", Handler: caddy.AdminHandlerFunc(adminTemplate)},
 	}

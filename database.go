@@ -26,6 +26,7 @@ type database struct {
 	bolt       *bbolt.DB
 	id         []byte // made up when the file was created
 	generation uint64 // the last one committed before it was opened
+	pruned     string // the day on which old sums were deleted
 }
 
 const databaseFormat = 1
@@ -172,13 +173,19 @@ func (d *database) begin() error {
 	if err != nil {
 		return err
 	}
-	if err := d.bolt.View(d.readMesh); err != nil || d.id != nil {
+	if err := d.bolt.View(d.readMesh); err != nil {
 		return err
+	}
+	if d.id != nil {
+		return d.prepareSums()
 	}
 	if err := d.bolt.Update(create); err != nil {
 		return err
 	}
 	if err := syncDirectory(filepath.Dir(d.bolt.Path())); err != nil {
+		return err
+	}
+	if err := d.prepareSums(); err != nil {
 		return err
 	}
 	return d.bolt.View(d.readMesh)
@@ -241,8 +248,11 @@ func (d *database) commit(g *generation, maxEvents int) error {
 			if err != nil {
 				return err
 			}
-			count := int(number(mesh, keyEvents)) + added
-			pruned, err := prune(ledger, min(count-maxEvents, added+maxPrunedMore))
+			if err := d.rollUp(tx, g, added); err != nil {
+				return err
+			}
+			count := int(number(mesh, keyEvents)) + len(added)
+			pruned, err := prune(tx, min(count-maxEvents, len(added)+maxPrunedMore))
 			if err != nil {
 				return err
 			}
@@ -254,16 +264,16 @@ func (d *database) commit(g *generation, maxEvents int) error {
 	})
 }
 
-// put returns how many of the records' keys are new.
-func put(b *bbolt.Bucket, r records) (added int, err error) {
+// put returns the records' keys that are new.
+func put(b *bbolt.Bucket, r records) (added []string, err error) {
 	last, _ := b.Cursor().Last()
 	last = bytes.Clone(last)
 	for _, key := range slices.Sorted(maps.Keys(r)) {
 		if isNew(b, last, []byte(key)) {
-			added++
+			added = append(added, key)
 		}
 		if err := b.Put([]byte(key), r[key]); err != nil {
-			return 0, err
+			return nil, err
 		}
 	}
 	return added, nil
@@ -275,15 +285,22 @@ func isNew(b *bbolt.Bucket, last, key []byte) bool {
 	return bytes.Compare(key, last) > 0 || b.Get(key) == nil
 }
 
-// prune deletes the first keys, which are the oldest because request ids begin with the time.
-func prune(b *bbolt.Bucket, count int) (pruned int, err error) {
-	var oldest [][]byte
-	cursor := b.Cursor()
-	for key, _ := cursor.First(); key != nil && len(oldest) < count; key, _ = cursor.Next() {
-		oldest = append(oldest, bytes.Clone(key))
+// prune deletes the ledger's first entries, which are the oldest because request ids begin with the time.
+func prune(tx *bbolt.Tx, count int) (pruned int, err error) {
+	ledger, byKey := tx.Bucket(bucketLedger), tx.Bucket(bucketByKey)
+	var oldest, entries [][]byte
+	cursor := ledger.Cursor()
+	for key, value := cursor.First(); key != nil && len(oldest) < count; key, value = cursor.Next() {
+		var e struct {
+			KeyID string `json:"key_id"`
+		}
+		if err := json.Unmarshal(value, &e); err != nil {
+			return 0, fmt.Errorf("ledger entry %q is damaged: %w", key, err)
+		}
+		oldest, entries = append(oldest, bytes.Clone(key)), append(entries, []byte(sumKey(e.KeyID, string(key))))
 	}
-	for _, key := range oldest {
-		if err := b.Delete(key); err != nil {
+	for i, key := range oldest {
+		if err := errors.Join(ledger.Delete(key), byKey.Delete(entries[i])); err != nil {
 			return 0, err
 		}
 	}

@@ -31,6 +31,10 @@ var (
 	compareEndpoint   = endpoint{post: (*exchange).compare}
 	modelsEndpoint    = endpoint{get: (*exchange).listModels}
 	modelEndpoint     = endpoint{get: (*exchange).getModel}
+	usageEndpoint     = endpoint{post: (*exchange).reportUsage}
+	eventsEndpoint    = endpoint{post: (*exchange).listEvents}
+	requestEndpoint   = endpoint{get: (*exchange).getEvent}
+	standingEndpoint  = endpoint{get: (*exchange).getStanding}
 	templatesEndpoint = endpoint{get: (*exchange).listTemplates, post: (*exchange).createTemplate}
 	templateEndpoint  = endpoint{get: (*exchange).getTemplate, patch: (*exchange).updateTemplate, delete: (*exchange).deleteTemplate}
 )
@@ -46,10 +50,26 @@ func findEndpoint(path string) *endpoint {
 		return &modelsEndpoint
 	case strings.HasPrefix(path, modelsPath+"/"):
 		return &modelEndpoint
+	case strings.HasPrefix(path, usagePath):
+		return findUsageEndpoint(path)
 	case path == templatesPath:
 		return &templatesEndpoint
 	case strings.HasPrefix(path, templatesPath+"/"):
 		return &templateEndpoint
+	}
+	return nil
+}
+
+func findUsageEndpoint(path string) *endpoint {
+	switch {
+	case path == usagePath:
+		return &usageEndpoint
+	case path == eventsPath:
+		return &eventsEndpoint
+	case path == standingPath:
+		return &standingEndpoint
+	case strings.HasPrefix(path, requestsPath):
+		return &requestEndpoint
 	}
 	return nil
 }

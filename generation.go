@@ -12,8 +12,9 @@ import (
 // generation is what one commit of the database brings. Until it is committed, a journal of the same number has it.
 type generation struct {
 	number   uint64
-	accounts records // by key id; the latest balance of each
-	events   records // by request id
+	accounts records               // by key id; the latest balance of each
+	events   records               // by request id
+	used     map[string]eventUsage // by request id; of those that do not come from a journal
 
 	journals []*journal // its own, and those of earlier generations that it has absorbed
 	behind   bool       // the journal lacks something, because it could not be written
@@ -27,6 +28,7 @@ func newGeneration(number uint64, files journalFiles) *generation {
 		number:   number,
 		accounts: make(records),
 		events:   make(records),
+		used:     make(map[string]eventUsage),
 		journals: []*journal{files.journal(number)},
 	}
 }
@@ -38,6 +40,7 @@ func (g *generation) absorb(next *generation) {
 	g.number = next.number
 	maps.Copy(g.accounts, next.accounts)
 	maps.Copy(g.events, next.events)
+	maps.Copy(g.used, next.used)
 	g.journals = append(g.journals, next.journals...)
 	g.waiting = append(g.waiting, next.waiting...)
 }
@@ -115,6 +118,7 @@ func (s *localStore) record(g *generation) {
 		balance, settled := a.take()
 		for _, e := range s.firstTime(settled, a, &balance) {
 			events[e.requestID] = e.encoded
+			g.used[e.requestID] = e.used
 		}
 		accounts[a.keyID], _ = json.Marshal(balance) // it has nothing that JSON cannot say
 	}

@@ -125,6 +125,7 @@ func (s *redisStore) enter(batch []settlement) []fate {
 	s.enterWhole(ctx, batch, commands)
 	fates := make([]fate, len(batch))
 	var failed bool // a pipeline that comes to nothing is one failure, however much is in it
+	s.tellLabels(ctx, batch)
 	for i, command := range commands {
 		var err error
 		if fates[i], err = s.fate(batch[i], command); fates[i] == notEntered && !failed {
@@ -210,9 +211,10 @@ func (s *redisStore) settleKeys(e *Event) []string {
 		s.key(e.KeyID, "lost:"+day),
 		s.key(e.KeyID, "ledger"),
 		s.key(e.KeyID, "usage:"+day),
+		s.key(e.KeyID, "hours:"+day),
 	}
 	if e.SessionID != "" {
-		keys = append(keys, s.key(e.KeyID, "session:"+e.SessionID))
+		keys = append(keys, s.key(e.KeyID, "sessions:"+day), s.key(e.KeyID, "session:"+e.SessionID))
 	}
 	return keys
 }
@@ -226,8 +228,17 @@ func (s *redisStore) settleArgs(one *settlement) []any {
 	return []any{
 		e.RequestID, one.Kind, entry, s.maxEvents, int64(e.Cost), e.Model,
 		e.PromptTokens, e.CachedTokens, e.CompletionTokens, e.Outcome.failed(), unixOfRequest(e.RequestID), one.Sent,
-		s.now().Sub(e.Time) < time.Minute,
+		s.now().Sub(e.Time) < time.Minute, hourOfRequest(e.RequestID), e.SessionID,
 	}
+}
+
+// hourOfRequest returns the UTC hour in which a request began, or nothing where its id does not say.
+func hourOfRequest(requestID string) string {
+	began, ok := requestBegan(requestID)
+	if !ok {
+		return ""
+	}
+	return began.Format(hourForm)
 }
 
 // unixOfRequest returns when a request began, in Unix seconds, or nothing where its id does not say.

@@ -1,16 +1,19 @@
--- KEYS: account, pending, done, lost, ledger, usage of the day, usage of the session (if any)
+-- KEYS: account, pending, done, lost, ledger, usage of the day, of its
+-- hours; if there is a session: sessions of the day, usage of the session
 -- ARGV: request id, 'settle' | 'lost' | 'void' | 'drop', entry, entries to keep, cost, model, prompt tokens, cached tokens,
 -- completion tokens, '1' if the request failed, when the request began (Unix seconds, or ''), '1' if this may have been
--- entered before, '1' if it ended less than a minute ago
+-- entered before, '1' if it ended less than a minute ago, the hour in which it began (or ''), session
 -- Returns: 1 if the ledger has the entry now and had none before, 2 if it replaced an estimate, 0 if nothing was to do,
 -- 3 if it cannot be told any more whether it was entered before, and nothing was done.
 --
 -- 'settle' enters what a request cost. 'lost' enters an estimate for a request whose gateway died, and does nothing
 -- unless the request is still pending. 'void' undoes an admission that the gateway never got to know of. 'drop' gives up
 -- a pending entry that is damaged; its request may yet be settled.
-local account, pending, done, lost, ledger, usage, session = KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5], KEYS[6], KEYS[7]
+local account, pending, done, lost, ledger, usage, hours, sessions, session = KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5], KEYS[6], KEYS[7], KEYS[8], KEYS[9]
+local hour = ARGV[14]
 local id, kind, entry, keep, began, repeated = ARGV[1], ARGV[2], ARGV[3], ARGV[4], tonumber(ARGV[11]), ARGV[12] == '1'
-local SESSION_TTL = 30 * DAY
+local SESSION_TTL, HOURS_TTL = 30 * DAY, 35 * DAY
+local SESSIONS = 1000 -- of a day that can be listed
 local CLOCKS = 3600      -- by how much the clock of a gateway may differ
 local MODELS = 200       -- that have sums of their own in a day: where a pattern lets them, clients make names up
 local OTHERS = 'other models' -- no model has a space in its name
@@ -21,7 +24,11 @@ redis.call('HEXISTS', account, 'total')
 redis.call('XDEL', ledger, '0-1')
 redis.call('HEXISTS', usage, 'models')
 redis.call('HEXISTS', lost, id)
-if session then redis.call('HEXISTS', session, 'requests') end
+redis.call('HEXISTS', hours, '')
+if session then
+	redis.call('HEXISTS', session, '')
+	redis.call('SISMEMBER', sessions, '')
+end
 
 local now = clock()
 local held = redis.call('HGET', pending, id)
@@ -71,16 +78,31 @@ local function count(u, sign)
 	end
 	local function into(key, suffix, ttl)
 		add(key, 'requests' .. suffix, with_sign('1'))
-		add(key, 'errors' .. suffix, with_sign(u.failed))
 		add(key, 'prompt_tokens' .. suffix, with_sign(u.prompt))
 		add(key, 'cached_tokens' .. suffix, with_sign(u.cached))
 		add(key, 'completion_tokens' .. suffix, with_sign(u.completion))
 		add(key, 'cost' .. suffix, with_sign(u.cost))
+		if u.failed == '1' then
+			add(key, 'errors' .. suffix, with_sign('1'))
+			add(key, 'error_prompt_tokens' .. suffix, with_sign(u.prompt))
+			add(key, 'error_cached_tokens' .. suffix, with_sign(u.cached))
+			add(key, 'error_completion_tokens' .. suffix, with_sign(u.completion))
+			add(key, 'error_cost' .. suffix, with_sign(u.cost))
+		end
 		redis.call('EXPIRE', key, ttl)
 	end
 	into(usage, ' ' .. u.model, USAGE_TTL)
-	if session then
-		into(session, '', SESSION_TTL)
+	if hour == '' then
+		return
+	end
+	into(hours, ' ' .. hour .. ' ' .. u.model, HOURS_TTL)
+	if not session then
+		return
+	end
+	into(session, ' ' .. hour .. ' ' .. u.model, SESSION_TTL)
+	if sign == '' and redis.call('SCARD', sessions) < SESSIONS then
+		redis.call('SADD', sessions, ARGV[15])
+		redis.call('EXPIRE', sessions, SESSION_TTL)
 	end
 end
 

@@ -80,13 +80,15 @@ func TestEventComesBackWholeFromRedisAndItsUsageIsSummed(t *testing.T) {
 	}
 	sums := map[string]string{
 		"requests": "4", "errors": "3", "prompt_tokens": "36", "cached_tokens": "16", "completion_tokens": "8", "cost": "492000000004",
+		"error_prompt_tokens": "27", "error_cached_tokens": "12", "error_completion_tokens": "6", "error_cost": "369000000003",
 	}
-	ofModel := make(map[string]string)
+	ofModel, ofHour := make(map[string]string), make(map[string]string)
 	for name, sum := range sums {
 		ofModel[name+" openai/gpt-4o"] = sum
+		ofHour[name+" "+hourOfRequest(want.RequestID)+" openai/gpt-4o"] = sum
 	}
 	ofModel["models"] = "1"
-	if got := s.client.HGetAll(t.Context(), s.key("key", "session:s")).Val(); !maps.Equal(got, sums) {
+	if got := s.client.HGetAll(t.Context(), s.key("key", "session:s")).Val(); !maps.Equal(got, ofHour) {
 		t.Errorf("session: %v", got)
 	}
 	if got := s.client.HGetAll(t.Context(), s.key("key", "usage:"+dayOfRequest(want.RequestID))).Val(); !maps.Equal(got, ofModel) {

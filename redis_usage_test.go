@@ -5,6 +5,7 @@ import (
 	"strconv"
 	"strings"
 	"testing"
+	"time"
 )
 
 // sumOf adds up one of the sums of all models, and counts the models that have one.
@@ -90,8 +91,9 @@ func TestModelsThatClientsMakeUpHaveOneSumTogether(t *testing.T) {
 	if sums["requests "+name(7)] != "2" || sums["requests other models"] != strconv.FormatInt(others, 10) {
 		t.Errorf("7 has %s, others %s", sums["requests "+name(7)], sums["requests other models"])
 	}
-	session := s.client.HGetAll(ctx, s.key("key", "session:s")).Val()
-	if len(session) != 6 || session["requests"] != strconv.FormatInt(requests, 10) || session["cost"] != strconv.FormatInt(cost, 10) {
-		t.Errorf("session: %v", session)
+	var session usageSums
+	q := UsageQuery{KeyID: "key", From: time.Now().Add(-time.Hour), To: time.Now(), Sessions: true, SessionID: "s"}
+	if err := s.Usage(ctx, q, func(row UsageRow) { session.add(row.usageSums) }); err != nil || session.All.Requests != requests || int64(session.All.Cost) != cost {
+		t.Errorf("%v, session: %+v", err, session)
 	}
 }

@@ -198,12 +198,13 @@ func (s *localStore) Settle(e Event) {
 	if !s.recent.add(e.RequestID) {
 		return
 	}
+	used := usedBy(&e)
 	hasRoom := s.unsaved.Add(1) <= s.maxUnsaved
 	account := s.account(e.KeyID)
 	account.mu.Lock()
 	charged := account.settle(&e)
 	if hasRoom {
-		account.settled = append(account.settled, settledEvent{e.RequestID, encoded, charged})
+		account.settled = append(account.settled, settledEvent{e.RequestID, encoded, charged, used})
 	}
 	news := account.change()
 	account.mu.Unlock()

@@ -1,0 +1,500 @@
+package mesh
+
+import (
+	"errors"
+	"maps"
+	"net/http"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+	"unicode/utf8"
+)
+
+const (
+	usagePath     = "/v1/usage"
+	eventsPath    = usagePath + "/events"
+	requestsPath  = usagePath + "/requests/"
+	standingPath  = usagePath + "/rate-limits"
+	defaultEvents = 50
+	maxEventsPage = 200
+	maxOffset     = 100_000
+)
+
+// usageRequest is a request for a report that has passed every check.
+type usageRequest struct {
+	since, until  time.Time // zero: no bound
+	model         string
+	status        string // success, error, or empty for both
+	sessionID     string
+	groups        []string
+	limit, offset int
+}
+
+var usageFields = []string{"since", "until", "model", "status", "session_id", "group_by", "limit", "offset"}
+
+// parseUsage reads and checks a request's body, which may be empty. All faults are reported at once.
+func parseUsage(body []byte) (*usageRequest, *apiError) {
+	if !utf8.Valid(body) {
+		return nil, errorf(http.StatusBadRequest, "invalid_request", "The request body is not valid UTF-8.")
+	}
+	u := &usageRequest{limit: defaultEvents}
+	p := &parser{cursor: cursor{data: body, maxDepth: maxRequestDepth}}
+	isObject := p.peek() == '{'
+	if isObject {
+		p.fields(usageFields, func(i int) { p.usageMember(usageFields[i], u) })
+	} else {
+		p.skip()
+	}
+	p.end()
+	switch {
+	case p.err != nil:
+		return nil, errorf(http.StatusBadRequest, "invalid_request", "The request body is not valid JSON: %s.", p.err)
+	case !isObject:
+		return nil, errorf(http.StatusBadRequest, "invalid_request", "The request body must be a JSON object.")
+	}
+	if !u.since.IsZero() && !u.until.IsZero() && u.until.Before(u.since) {
+		p.at("until").faultf("value_error", "Value error, until is before since")
+	}
+	if len(p.faults) > 0 {
+		return nil, validationError(p.faults)
+	}
+	return u, nil
+}
+
+func (p *parser) usageMember(name string, u *usageRequest) {
+	switch name {
+	case "since":
+		u.since = p.time(false)
+	case "until":
+		u.until = p.time(true)
+	case "model":
+		text, _ := p.text()
+		u.model = string(text)
+	case "status":
+		u.status = p.oneOf("success", "error")
+	case "session_id":
+		u.sessionID = p.shortText(256)
+	case "group_by":
+		group := func(p *parser) { u.groups = append(u.groups, p.oneOf("day", "model", "session")) }
+		if p.peek() == '[' {
+			p.list(group)
+		} else {
+			group(p)
+		}
+	case "limit":
+		if v, ok := p.number(rule{integer: true, min: 1, max: maxEventsPage}); ok {
+			u.limit = int(v)
+		}
+	case "offset":
+		if v, ok := p.number(rule{integer: true, max: maxOffset}); ok {
+			u.offset = int(v)
+		}
+	}
+}
+
+// time reads a time of RFC 3339, or a date: its beginning, or its end.
+func (p *parser) time(end bool) time.Time {
+	text, ok := p.text()
+	if !ok {
+		return time.Time{}
+	}
+	t, err := parseReportTime(string(text), end)
+	if err != nil {
+		p.faultf("datetime_from_date_parsing", "Input should be a valid datetime or date, such as 2026-11-25T07:00:00Z or 2026-11-25")
+	}
+	return t
+}
+
+// parseReportTime reads a time, or a date in UTC: its beginning, or its end.
+func parseReportTime(text string, end bool) (time.Time, error) {
+	if day, err := time.Parse(time.DateOnly, text); err == nil {
+		if end {
+			day = day.Add(24 * time.Hour)
+		}
+		return day, nil
+	}
+	for _, form := range []string{time.RFC3339, "2006-01-02T15:04:05"} { // without a zone: UTC, as is all else here
+		if t, err := time.Parse(form, text); err == nil {
+			return t.UTC(), nil
+		}
+	}
+	return time.Time{}, errors.New(strconv.Quote(text) + " is neither a time of RFC 3339 nor a date, such as 2026-11-25")
+}
+
+// query returns the sums that the request needs: hours as a whole.
+func (u *usageRequest) query(keyID string) UsageQuery {
+	q := UsageQuery{KeyID: keyID, From: u.since.Truncate(time.Hour), To: u.until, Sessions: u.sessionID != "", SessionID: u.sessionID}
+	if q.To.IsZero() {
+		q.To = time.Now().UTC()
+	}
+	if rest := q.To.Sub(q.To.Truncate(time.Hour)); rest > 0 {
+		q.To = q.To.Truncate(time.Hour).Add(time.Hour)
+	}
+	return q
+}
+
+// wants returns of a row's sums those that the request asks for.
+func (u *usageRequest) wants(row *UsageRow) usageSums {
+	switch {
+	case u.model != "" && row.Model != u.model:
+		return usageSums{}
+	case u.status == "success":
+		return usageSums{All: row.succeeded()}
+	case u.status == "error":
+		return usageSums{All: row.Failed, Failed: row.Failed}
+	}
+	return row.usageSums
+}
+
+// usageTotals are sums as the API shows them.
+type usageTotals struct {
+	TotalRequests      int64 `json:"total_requests"`
+	SuccessfulRequests int64 `json:"successful_requests"`
+	ErrorRequests      int64 `json:"error_requests"`
+	PromptTokens       int64 `json:"prompt_tokens"`
+	CachedTokens       int64 `json:"cached_tokens"`
+	CompletionTokens   int64 `json:"completion_tokens"`
+	TotalTokens        int64 `json:"total_tokens"`
+	TotalCost          Money `json:"total_cost_usd"`
+}
+
+func (s usageSums) totals() usageTotals {
+	return usageTotals{
+		TotalRequests:      s.All.Requests,
+		SuccessfulRequests: s.All.Requests - s.Failed.Requests,
+		ErrorRequests:      s.Failed.Requests,
+		PromptTokens:       s.All.Prompt,
+		CachedTokens:       s.All.Cached,
+		CompletionTokens:   s.All.Completion,
+		TotalTokens:        s.All.Prompt + s.All.Completion,
+		TotalCost:          s.All.Cost,
+	}
+}
+
+// usageGroup are the sums of one day, model or session.
+type usageGroup struct {
+	Day     string `json:"day,omitempty"`
+	Model   string `json:"model,omitempty"`
+	Session string `json:"session_id,omitempty"`
+	usageTotals
+}
+
+// usageReport is the answer to POST /v1/usage.
+type usageReport struct {
+	Since *time.Time `json:"since"`
+	Until *time.Time `json:"until"`
+	usageTotals
+	ByModel   []usageGroup `json:"by_model"`
+	ByDay     []usageGroup `json:"by_day,omitempty"`
+	BySession []usageGroup `json:"by_session,omitempty"`
+}
+
+// groupSums are sums by a name.
+type groupSums map[string]*usageSums
+
+func (g groupSums) add(name string, sums usageSums) {
+	if g[name] == nil {
+		g[name] = new(usageSums)
+	}
+	g[name].add(sums)
+}
+
+func (g groupSums) groups(named func(name string) usageGroup) []usageGroup {
+	list := make([]usageGroup, 0, len(g))
+	for _, name := range slices.Sorted(maps.Keys(g)) {
+		if g[name].All.Requests == 0 {
+			continue
+		}
+		group := named(name)
+		group.usageTotals = g[name].totals()
+		list = append(list, group)
+	}
+	return list
+}
+
+// usageStore returns the store where it knows what was used, until release is called.
+func (x *exchange) usageStore() (UsageStore, *apiError) {
+	opened, err := x.h.store.acquire()
+	if err != nil {
+		return nil, x.storeFailed(err)
+	}
+	if store, ok := opened.(UsageStore); ok {
+		return store, nil
+	}
+	x.h.releaseStore()
+	return nil, errorf(http.StatusServiceUnavailable, "store_unavailable", "The gateway's store keeps no sums.")
+}
+
+// readUsage authenticates, and reads what is asked for.
+func (x *exchange) readUsage() (*usageRequest, *apiError) {
+	if refusal := x.authenticate(); refusal != nil {
+		return nil, refusal
+	}
+	if x.r.ContentLength == 0 {
+		return &usageRequest{limit: defaultEvents}, nil
+	}
+	body, refusal := readBody(x.w, x.r, min(64<<10, x.h.MaxBodySize))
+	if refusal != nil {
+		return nil, refusal
+	}
+	x.taken = true
+	return parseUsage(body)
+}
+
+// reportUsage serves POST /v1/usage.
+func (x *exchange) reportUsage() *apiError {
+	u, refusal := x.readUsage()
+	if refusal != nil {
+		return refusal
+	}
+	store, refusal := x.usageStore()
+	if refusal != nil {
+		return refusal
+	}
+	defer x.h.releaseStore()
+	var all usageSums
+	models, days, sessions := make(groupSums), make(groupSums), make(groupSums)
+	q := u.query(x.key.id)
+	err := store.Usage(x.r.Context(), q, func(row UsageRow) {
+		sums := u.wants(&row)
+		all.add(sums)
+		models.add(row.Model, sums)
+		days.add(row.Day, sums)
+		sessions.add(row.Session, sums)
+	})
+	if err == nil && slices.Contains(u.groups, "session") && !q.Sessions {
+		clear(sessions)
+		bySession := q
+		bySession.Sessions = true
+		err = store.Usage(x.r.Context(), bySession, func(row UsageRow) { sessions.add(row.Session, u.wants(&row)) })
+	}
+	if err != nil {
+		return x.storeFailed(err)
+	}
+	report := &usageReport{usageTotals: all.totals(), ByModel: models.groups(func(name string) usageGroup { return usageGroup{Model: name} })}
+	if !u.since.IsZero() {
+		report.Since = &q.From
+	}
+	if !u.until.IsZero() {
+		report.Until = &q.To
+	}
+	if slices.Contains(u.groups, "day") {
+		report.ByDay = days.groups(func(name string) usageGroup { return usageGroup{Day: name} })
+	}
+	if slices.Contains(u.groups, "session") {
+		report.BySession = sessions.groups(func(name string) usageGroup { return usageGroup{Session: name} })
+	}
+	return x.answer(report)
+}
+
+// publicEvent is an entry of the ledger as its key's owner sees it.
+type publicEvent struct {
+	RequestID        string    `json:"request_id"`
+	ComparisonID     string    `json:"comparison_id,omitempty"`
+	SessionID        string    `json:"session_id,omitempty"`
+	CreatedAt        time.Time `json:"created_at"` // when the request began
+	Model            string    `json:"model"`
+	Upstream         string    `json:"upstream,omitempty"`
+	Stream           bool      `json:"stream"`
+	Status           string    `json:"status"` // success or error
+	StatusCode       int       `json:"status_code"`
+	Outcome          Outcome   `json:"outcome"`
+	ErrorCode        string    `json:"error_code,omitempty"`
+	Attempts         int       `json:"attempts"`
+	PromptTokens     int64     `json:"prompt_tokens"`
+	CachedTokens     int64     `json:"cached_tokens"`
+	CompletionTokens int64     `json:"completion_tokens"`
+	TotalTokens      int64     `json:"total_tokens"`
+	Estimated        bool      `json:"estimated"`
+	Cost             Money     `json:"cost_usd"`
+	LatencyMS        int64     `json:"latency_ms"`
+	FirstByteMS      *int64    `json:"ttft_ms,omitempty"`
+}
+
+func (e *Event) began() time.Time {
+	if began, ok := requestBegan(e.RequestID); ok {
+		return began
+	}
+	return e.Time.Add(-e.Duration)
+}
+
+func (e *Event) status() string {
+	if e.Outcome.failed() {
+		return "error"
+	}
+	return "success"
+}
+
+func (x *exchange) public(e *Event) publicEvent {
+	p := publicEvent{
+		RequestID: e.RequestID, ComparisonID: e.ComparisonID, SessionID: e.SessionID, CreatedAt: e.began(), Model: e.Model, Stream: e.Stream,
+		Status: e.status(), StatusCode: e.Status, Outcome: e.Outcome, ErrorCode: e.Error, Attempts: e.Attempts,
+		PromptTokens: e.PromptTokens, CachedTokens: e.CachedTokens, CompletionTokens: e.CompletionTokens,
+		TotalTokens: e.PromptTokens + e.CompletionTokens, Estimated: e.Estimated, Cost: e.Cost, LatencyMS: e.Duration.Milliseconds(),
+	}
+	if e.TTFT > 0 {
+		ms := e.TTFT.Milliseconds()
+		p.FirstByteMS = &ms
+	}
+	if x.h.ExposeUpstream {
+		p.Upstream = e.Upstream
+	}
+	return p
+}
+
+// matches reports whether an event is one of those asked for. Its time is counted in hours, as in sums.
+func (u *usageRequest) matches(e *Event, q *UsageQuery) bool {
+	began := e.began()
+	switch {
+	case began.Before(q.From), !began.Before(q.To):
+		return false
+	case u.model != "" && e.Model != u.model, u.status != "" && e.status() != u.status, u.sessionID != "" && e.SessionID != u.sessionID:
+		return false
+	}
+	return true
+}
+
+// listEvents serves POST /v1/usage/events. The total is that of the sums: the ledger may have dropped the oldest.
+func (x *exchange) listEvents() *apiError {
+	u, refusal := x.readUsage()
+	if refusal != nil {
+		return refusal
+	}
+	store, refusal := x.usageStore()
+	if refusal != nil {
+		return refusal
+	}
+	defer x.h.releaseStore()
+	q := u.query(x.key.id)
+	var sums usageSums
+	if err := store.Usage(x.r.Context(), q, func(row UsageRow) { sums.add(u.wants(&row)) }); err != nil {
+		return x.storeFailed(err)
+	}
+	events := []publicEvent{}
+	skip := u.offset
+	err := store.KeyEvents(x.r.Context(), x.key.id, func(e *Event) bool {
+		if e.began().Before(q.From.Add(-maxPending)) || int64(u.offset) >= sums.All.Requests {
+			return false // nothing that follows is asked for
+		}
+		if !u.matches(e, &q) {
+			return true
+		}
+		if skip > 0 {
+			skip--
+			return true
+		}
+		events = append(events, x.public(e))
+		return len(events) < u.limit
+	})
+	if err != nil {
+		return x.storeFailed(err)
+	}
+	return x.answer(struct {
+		Events []publicEvent `json:"events"`
+		Total  int64         `json:"total"`
+		Limit  int           `json:"limit"`
+		Offset int           `json:"offset"`
+	}{events, sums.All.Requests, u.limit, u.offset})
+}
+
+// getEvent serves GET /v1/usage/requests/{request_id}.
+func (x *exchange) getEvent() *apiError {
+	if refusal := x.authenticate(); refusal != nil {
+		return refusal
+	}
+	store, refusal := x.usageStore()
+	if refusal != nil {
+		return refusal
+	}
+	defer x.h.releaseStore()
+	id := strings.TrimPrefix(x.r.URL.Path, requestsPath)
+	if _, ok := requestBegan(id); !ok {
+		return requestNotFound(id)
+	}
+	e, err := store.KeyEvent(x.r.Context(), x.key.id, id)
+	if err != nil {
+		return x.storeFailed(err)
+	}
+	if e == nil {
+		return requestNotFound(id)
+	}
+	return x.answer(struct {
+		RequestID string      `json:"request_id"`
+		Outcome   Outcome     `json:"outcome"`
+		Event     publicEvent `json:"event"`
+	}{e.RequestID, e.Outcome, x.public(e)})
+}
+
+func requestNotFound(id string) *apiError {
+	return errorf(http.StatusNotFound, "not_found", "There is no request %.64q of this API key.", id)
+}
+
+// metric is where a key stands with one limit.
+type metric struct {
+	Current any      `json:"current"` // a number, or an amount in USD
+	Limit   any      `json:"limit"`   // null: none
+	Percent *float64 `json:"pct"`
+	Resets  *int     `json:"resets_in_seconds"` // null: never
+}
+
+// getStanding serves GET /v1/usage/rate-limits.
+func (x *exchange) getStanding() *apiError {
+	if refusal := x.authenticate(); refusal != nil {
+		return refusal
+	}
+	store, refusal := x.usageStore()
+	if refusal != nil {
+		return refusal
+	}
+	defer x.h.releaseStore()
+	limits := x.key.limits()
+	s, err := store.Standing(x.r.Context(), x.key.id, limits)
+	if err != nil {
+		return x.storeFailed(err)
+	}
+	return x.answer(struct {
+		AsOf time.Time         `json:"as_of"`
+		Key  map[string]metric `json:"key"`
+	}{time.Now().UTC().Truncate(time.Millisecond), s.metrics(limits)})
+}
+
+func (s *Standing) metrics(l Limits) map[string]metric {
+	in := func(d time.Duration) *int { n := seconds(d); return &n }
+	metrics := map[string]metric{
+		"rpm":   counted(s.Minute.Used, l.RPM, in(s.Minute.Reset)),
+		"rpd":   counted(s.Day.Used, l.RPD, in(s.Day.Reset)),
+		"spend": {Current: s.Spend, Percent: percent(int64(s.Spend), int64(l.SpendCap))},
+	}
+	spend := metrics["spend"]
+	if l.SpendCap > 0 {
+		spend.Limit = l.SpendCap
+	}
+	if s.Reset > 0 {
+		spend.Resets = in(s.Reset)
+	}
+	metrics["spend"] = spend
+	if l.TPM > 0 {
+		metrics["tpm"] = counted(s.Tokens.Used, l.TPM, in(s.Tokens.Reset))
+	}
+	if l.MaxConcurrency > 0 {
+		metrics["max_concurrency"] = counted(s.UnderWay, l.MaxConcurrency, nil)
+	}
+	return metrics
+}
+
+func counted(used, limit int64, resets *int) metric {
+	m := metric{Current: used, Percent: percent(used, limit), Resets: resets}
+	if limit > 0 {
+		m.Limit = limit
+	}
+	return m
+}
+
+func percent(used, limit int64) *float64 {
+	if limit <= 0 {
+		return nil
+	}
+	p := float64(int64(float64(used)/float64(limit)*1e4)) / 100
+	return &p
+}
