@@ -93,6 +93,7 @@ type localStore struct {
 	logger     *zap.Logger
 	database   *database
 
+	keys     localKeys
 	accounts sync.Map // key id → *account
 	recent   recentIDs
 	unsaved  atomic.Int64 // events that are in memory and not in the database
@@ -153,6 +154,9 @@ func (s *localStore) open() (err error) {
 		err = s.database.balances(func(keyID string, b balance) {
 			s.accounts.Store(keyID, &account{keyID: keyID, balance: b})
 		})
+	}
+	if err == nil {
+		err = s.keys.load(s.database)
 	}
 	if err != nil {
 		return errors.Join(err, s.database.bolt.Close())
