@@ -205,3 +205,20 @@ func TestManyKeysOfAFileAreCreated(t *testing.T) {
 		t.Logf("listed in %s", time.Since(began))
 	})
 }
+
+func TestNobodyAnswersFromAPipeOrNothing(t *testing.T) {
+	null, err := os.Open(os.DevNull)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer null.Close()
+	reader, writer, err := os.Pipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer reader.Close()
+	defer writer.Close()
+	if isTerminal(null) || isTerminal(reader) {
+		t.Error("taken for a terminal")
+	}
+}

@@ -7,6 +7,7 @@ import (
 	"io"
 	"net"
 	"strconv"
+	"strings"
 
 	"github.com/redis/go-redis/v9"
 )
@@ -19,10 +20,11 @@ func managing(err error) error {
 	return fmt.Errorf("%w: %w", errUnavailable, err)
 }
 
-// isAway reports whether Redis did not answer, or only that it cannot at the moment.
+// isAway reports whether Redis did not answer, or only that it cannot at the moment. What the client says of itself is the
+// same to an operator: that there is no connection, or that a change was always overtaken by another.
 func isAway(err error) bool {
 	_, network := errors.AsType[net.Error](err)
-	return network || isTimeout(err) || errors.Is(err, io.EOF) || errors.Is(err, redis.ErrClosed) || errors.Is(err, context.Canceled) ||
+	return network || isTimeout(err) || errors.Is(err, io.EOF) || errors.Is(err, context.Canceled) || strings.HasPrefix(err.Error(), "redis: ") ||
 		redis.IsLoadingError(err) || redis.IsClusterDownError(err) || redis.IsMasterDownError(err) || redis.IsReadOnlyError(err) || redis.IsTryAgainError(err)
 }
 
