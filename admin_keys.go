@@ -27,58 +27,6 @@ const (
 	maxKeysPage     = 1000
 )
 
-// keyView is a key as operators see it. It never has a secret but in the answer to the request that made it up.
-type keyView struct {
-	ID     string `json:"id"`
-	Source string `json:"source"` // of what it is a part: the store, which can be changed, or the config
-	Secret string `json:"secret,omitempty"`
-	Key
-	Created  time.Time `json:"created_at,omitzero"`
-	OldUntil time.Time `json:"old_secret_until,omitzero"` // when the secret before the last rotation ends
-	Use      *useView  `json:"use,omitempty"`
-	Warnings []string  `json:"warnings,omitempty"`
-}
-
-const (
-	sourceStore  = "store"
-	sourceConfig = "config"
-)
-
-// useView is what a key has used. Minutes, days and periods are those of UTC.
-type useView struct {
-	Spend          Money  `json:"spend_usd"` // ever
-	SpendPeriod    Money  `json:"spend_period_usd"`
-	RequestsMinute int64  `json:"requests_minute"`
-	RequestsDay    int64  `json:"requests_day"`
-	TokensMinute   *int64 `json:"tokens_minute,omitempty"` // where there is a limit for them
-	UnderWay       *int64 `json:"under_way,omitempty"`     // where there is a limit for them
-}
-
-func viewOf(k *StoredKey, source string) keyView {
-	v := keyView{ID: k.Terms.id, Source: source, Key: k.Terms, Created: k.Created}
-	v.Key.Secret = ""
-	if time.Now().Before(k.oldUntil) {
-		v.OldUntil = k.oldUntil
-	}
-	return v
-}
-
-func (v *keyView) setUse(u KeyUse) {
-	v.Use = &useView{Spend: u.Total, SpendPeriod: u.Total, RequestsMinute: u.RequestsMinute, RequestsDay: u.RequestsDay}
-	switch v.SpendPeriod {
-	case PeriodMonth:
-		v.Use.SpendPeriod = u.Month
-	case PeriodDay:
-		v.Use.SpendPeriod = u.Day
-	}
-	if v.TPM > 0 {
-		v.Use.TokensMinute = &u.TokensMinute
-	}
-	if v.MaxConcurrency > 0 {
-		v.Use.UnderWay = &u.UnderWay
-	}
-}
-
 // keysRequest is a request about the keys of one store.
 type keysRequest struct {
 	KeyManager
@@ -162,9 +110,6 @@ func (k *keysRequest) body(to any) error {
 	if err != nil {
 		return adminError(http.StatusBadRequest, "reading the body: %w", err)
 	}
-	if len(bytes.TrimSpace(text)) == 0 {
-		text = []byte("{}")
-	}
 	if err := json.Unmarshal(text, to); err != nil {
 		return adminError(http.StatusBadRequest, "the body is not what it should be: %w", err)
 	}
@@ -177,22 +122,9 @@ func (k *keysRequest) create() error {
 	if err := k.body(&body); err != nil {
 		return err
 	}
-	isList := bytes.HasPrefix(bytes.TrimSpace(body), []byte("["))
-	var asked []map[string]json.RawMessage
-	if !isList {
-		asked = make([]map[string]json.RawMessage, 1)
-	}
-	var err error
-	if isList {
-		err = json.Unmarshal(body, &asked)
-	} else {
-		err = json.Unmarshal(body, &asked[0])
-	}
+	asked, isList, err := askedKeys(body)
 	if err != nil {
-		return adminError(http.StatusBadRequest, "the body is neither an object nor a list of them: %w", err)
-	}
-	if len(asked) > maxCreated {
-		return adminError(http.StatusBadRequest, "%d keys in one request are too many; %d is the most", len(asked), maxCreated)
+		return err
 	}
 	keys, views := make([]*StoredKey, len(asked)), make([]keyView, len(asked))
 	for i, members := range asked {
@@ -215,6 +147,26 @@ func (k *keysRequest) create() error {
 		return writeJSON(k.w, http.StatusCreated, map[string]any{"keys": views})
 	}
 	return writeJSON(k.w, http.StatusCreated, views[0])
+}
+
+// askedKeys reads what keys are to be like.
+func askedKeys(body []byte) (asked []map[string]json.RawMessage, isList bool, err error) {
+	if isList = bytes.HasPrefix(bytes.TrimSpace(body), []byte("[")); isList {
+		err = json.Unmarshal(body, &asked)
+	} else {
+		asked = make([]map[string]json.RawMessage, 1)
+		err = json.Unmarshal(body, &asked[0])
+	}
+	if err != nil {
+		return nil, isList, adminError(http.StatusBadRequest, "the body is neither an object nor a list of them: %w", err)
+	}
+	if len(asked) > maxCreated {
+		return nil, isList, adminError(http.StatusBadRequest, "%d keys in one request are too many; %d is the most", len(asked), maxCreated)
+	}
+	if slices.ContainsFunc(asked, func(members map[string]json.RawMessage) bool { return members == nil }) {
+		return nil, isList, adminError(http.StatusBadRequest, "null is no key; one that may do everything is {}")
+	}
+	return asked, isList, nil
 }
 
 // warnings says which models of a key's the running configuration does not have. Another may have them: a key outlives many.
@@ -362,8 +314,10 @@ func (k *keysRequest) rotate(id string) error {
 		return err
 	}
 	var asked map[string]string
-	if err := k.body(&asked); err != nil {
-		return err
+	if k.ContentLength != 0 {
+		if err := k.body(&asked); err != nil {
+			return err
+		}
 	}
 	var grace time.Duration
 	for name, text := range asked {
