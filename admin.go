@@ -15,7 +15,13 @@ func init() { caddy.RegisterModule(adminAPI{}) }
 
 // adminAPI adds to Caddy's admin endpoint what operators want to know of the gateway, and to change in it:
 //
-//	GET /mesh/health   the open stores, and whether each is degraded; 503 if one is
+//	GET    /mesh/health             the open stores, and whether each is degraded; 503 if one is
+//	GET    /mesh/keys               the keys, by id: ?limit, ?after, ?owner
+//	POST   /mesh/keys               creates a key, or a list of them; the answer has the secret
+//	GET    /mesh/keys/{id}          a key, and what it has used
+//	PATCH  /mesh/keys/{id}          changes what the body names; null takes it back
+//	DELETE /mesh/keys/{id}          revokes a key
+//	POST   /mesh/keys/{id}/rotate   gives a key a new secret; the old one is valid for {"grace": "1h"}
 //
 // Its errors have the form of Caddy's own. What is about a store takes the query parameter `store`, the store's name as in
 // /mesh/health, where the running configuration has several.
@@ -36,6 +42,8 @@ func (adminAPI) Routes() []caddy.AdminRoute {
 		{Pattern: "/mesh/usage", Handler: caddy.AdminHandlerFunc(adminUsage)},
 		{Pattern: "/mesh/templates", Handler: caddy.AdminHandlerFunc(adminTemplates)},
 		{Pattern: "/mesh/templates/", Handler: caddy.AdminHandlerFunc(adminTemplate)},
+		{Pattern: keysPath, Handler: caddy.AdminHandlerFunc(serveKeys)},
+		{Pattern: keysPath + "/", Handler: caddy.AdminHandlerFunc(serveKeys)},
 	}
 }
 

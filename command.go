@@ -39,7 +39,7 @@ code is 0, or 1 if something is wrong.
 			flags.StringP("adapter", "a", "", "Name of config adapter to apply to it")
 			flags.String("store", "", "The store's name, as the command health prints it, where there are several")
 			flags.Bool("json", false, "Print JSON")
-			group(cmd, healthCommand(), templateCommand(), usageCommand())
+			group(cmd, healthCommand(), keyCommand(), templateCommand(), usageCommand())
 		},
 	})
 }

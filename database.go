@@ -20,8 +20,8 @@ import (
 	bbolterrors "go.etcd.io/bbolt/errors"
 )
 
-// database is the file of a local store: the balance of each key, and the ledger. It is changed only by commit, one
-// generation at a time, and each commit is synced.
+// database is the file of a local store: the balance of each key, the ledger, and the store's own keys. Balances and ledger
+// are changed only by commit, one generation at a time. Each transaction is synced.
 type database struct {
 	bolt       *bbolt.DB
 	id         []byte // made up when the file was created
@@ -177,7 +177,7 @@ func (d *database) begin() error {
 		return err
 	}
 	if d.id != nil {
-		return d.prepareSums()
+		return errors.Join(d.addKeys(), d.prepareSums())
 	}
 	if err := d.bolt.Update(create); err != nil {
 		return err
@@ -199,7 +199,7 @@ func (d *database) readMesh(tx *bbolt.Tx) error {
 }
 
 func create(tx *bbolt.Tx) error {
-	for _, name := range [][]byte{bucketMesh, bucketAccounts, bucketLedger} {
+	for _, name := range [][]byte{bucketMesh, bucketAccounts, bucketLedger, bucketKeys} {
 		if _, err := tx.CreateBucket(name); err != nil {
 			return err
 		}
@@ -208,6 +208,22 @@ func create(tx *bbolt.Tx) error {
 	rand.Read(id)
 	mesh := tx.Bucket(bucketMesh)
 	return errors.Join(mesh.Put(keyID, id), putNumber(mesh, keyFormat, databaseFormat))
+}
+
+// addKeys gives a database of before there were keys in it the bucket for them.
+func (d *database) addKeys() error {
+	var there bool
+	err := d.bolt.View(func(tx *bbolt.Tx) error {
+		there = tx.Bucket(bucketKeys) != nil
+		return nil
+	})
+	if err != nil || there {
+		return err
+	}
+	return d.bolt.Update(func(tx *bbolt.Tx) error {
+		_, err := tx.CreateBucket(bucketKeys)
+		return err
+	})
 }
 
 // syncDirectory makes a new file's name survive a power cut. Windows has no such thing, and needs none.

@@ -14,7 +14,8 @@ import (
 )
 
 // redisKeys are the keys in a Redis that several gateways share. Each is a hash, `<prefix>:key:<hex SHA-256 of the
-// secret>`, with the fields in keyFields. Who writes one publishes its digest on the channel `<prefix>:keys`, or `*`
+// secret>`, with the fields in keyFields; or that has nothing but the field `managed`, the id of a key that the gateway
+// itself looks after (keys_redis_managed.go). Who writes one publishes its digest on the channel `<prefix>:keys`, or `*`
 // after changes to many. As SHA-256 of a random secret cannot be inverted, neither name is a secret.
 type redisKeys struct {
 	client  redis.UniversalClient
@@ -54,36 +55,57 @@ func (s *redisKeys) KeysOutliveOutage() bool { return s.degrade }
 // Away is the breaker.
 func (s *redisKeys) Away() <-chan struct{} { return s.breaker.opened() }
 
-// LookUpKey reads a key, in one command, unless the breaker is open. A key that cannot be understood is none: what its
-// limits are is not known, so it opens nothing, and 401 is what its owner has to hear, because no retry will help. The
-// log says why, once.
+// LookUpKey reads a key, in one command, or two if the gateway looks after it, unless the breaker is open. A key that
+// cannot be understood is none: what its limits are is not known, so it opens nothing, and 401 is what its owner has to
+// hear, because no retry will help. The log says why, once.
 func (s *redisKeys) LookUpKey(ctx context.Context, secret digest) (*Key, error) {
 	if s.breaker.open() {
 		return nil, errKeyOutage
 	}
 	hash := s.hash(secret)
-	values, err := s.client.HMGet(ctx, hash, keyFieldNames...).Result()
-	if err == nil {
-		err = ctx.Err() // it came too late
+	values, err := s.fields(ctx, hash, hash, lookupFieldNames)
+	if err != nil {
+		return nil, s.unread(secret, err)
 	}
-	switch {
-	case redis.HasErrorPrefix(err, "WRONGTYPE"):
-		s.answered(hash)
-		s.report(secret, errors.New("it is not a hash"))
-		return nil, nil
-	case isRefusal(err):
-		return nil, s.refused(err)
-	case err != nil:
-		s.breaker.noteTimed(hash, err)
-		return nil, fmt.Errorf("looking up a key: %w", unanswered(err))
+	last := len(values) - 1
+	if id, managed := values[last].(string); managed {
+		return s.lookUpManaged(ctx, secret, id)
 	}
-	s.answered(hash)
-	key, err := readKey(values)
+	key, err := readKey(values[:last])
 	s.report(secret, err)
 	if err != nil {
 		return nil, nil
 	}
 	return key, nil
+}
+
+// fields reads fields of a hash, which has a hash tag, and has the breaker know how that went.
+func (s *redisKeys) fields(ctx context.Context, tag, hash string, names []string) ([]any, error) {
+	values, err := s.client.HMGet(ctx, hash, names...).Result()
+	if err == nil {
+		err = ctx.Err() // it came too late
+	}
+	switch {
+	case err == nil || isWrongType(err):
+		s.answered(tag)
+	case !isRefusal(err):
+		s.breaker.noteTimed(tag, err)
+	}
+	return values, err
+}
+
+func isWrongType(err error) bool { return redis.HasErrorPrefix(err, "WRONGTYPE") }
+
+// unread is the error of a lookup whose hash could not be read; nil where that says that there is no such key.
+func (s *redisKeys) unread(secret digest, err error) error {
+	switch {
+	case isWrongType(err):
+		s.report(secret, errors.New("it is not a hash"))
+		return nil
+	case isRefusal(err):
+		return s.refused(err)
+	}
+	return fmt.Errorf("looking up a key: %w", unanswered(err))
 }
 
 // isRefusal reports whether Redis is there and does not do what it is told. The breaker is not for that: all that is
@@ -99,8 +121,8 @@ func (s *redisKeys) refused(err error) error {
 	return fmt.Errorf("looking up a key: %w: %w", errUnavailable, err)
 }
 
-func (s *redisKeys) answered(hash string) {
-	s.breaker.noteTimed(hash, nil)
+func (s *redisKeys) answered(tag string) {
+	s.breaker.noteTimed(tag, nil)
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.refusal.note(s.logger, nil)

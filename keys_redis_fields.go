@@ -152,12 +152,14 @@ func writeSpendCap(k *Key) string {
 	return k.SpendCap.String()
 }
 
+var errNoModels = errors.New("the list is empty; a key that may use all models has no such field")
+
 func readKeyModels(k *Key, s string) error {
 	if err := json.Unmarshal([]byte(s), &k.Models); err != nil {
 		return fmt.Errorf("not a JSON list of names: %w", err)
 	}
 	if len(k.Models) == 0 {
-		return errors.New("the list is empty; a key that may use all models has no such field")
+		return errNoModels
 	}
 	return nil
 }

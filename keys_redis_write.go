@@ -2,17 +2,11 @@ package mesh
 
 import (
 	"context"
-	"encoding/hex"
 	"errors"
 	"fmt"
 	"time"
 
 	"github.com/redis/go-redis/v9"
-)
-
-var (
-	errNoSuchKey = errors.New("there is no such key")
-	errKeyExists = errors.New("there is such a key already")
 )
 
 // write sets everything about a key, which may be new. Fields that are not a key's are left as they are: a newer
@@ -23,13 +17,7 @@ func (s *redisKeys) write(ctx context.Context, secret digest, k *Key) error {
 		return err
 	}
 	return s.edit(ctx, secret, func(_ map[string]string, p redis.Pipeliner, hash string) error {
-		for i, value := range values {
-			if value == "" {
-				p.HDel(ctx, hash, keyFieldNames[i])
-				continue
-			}
-			p.HSet(ctx, hash, keyFieldNames[i], value)
-		}
+		setFields(ctx, p, hash, keyFieldNames, values)
 		return nil
 	})
 }
@@ -102,24 +90,27 @@ func (s *redisKeys) expireBy(ctx context.Context, secret digest, end time.Time) 
 // that has the hash: a message may be published on any node, and reaches all.
 func (s *redisKeys) edit(ctx context.Context, secret digest, change func(fields map[string]string, p redis.Pipeliner, hash string) error) error {
 	hash := s.hash(secret)
-	const attempts = 10
-	var err error
-	for range attempts {
-		err = s.client.Watch(ctx, func(tx *redis.Tx) error {
-			fields, err := tx.HGetAll(ctx, hash).Result()
-			if err != nil {
-				return fmt.Errorf("reading the key: %w", err)
+	return s.retry(ctx, hash, func(tx *redis.Tx) error {
+		fields, err := tx.HGetAll(ctx, hash).Result()
+		if err != nil {
+			return fmt.Errorf("reading the key: %w", err)
+		}
+		_, err = tx.TxPipelined(ctx, func(p redis.Pipeliner) error {
+			if err := change(fields, p, hash); err != nil {
+				return err
 			}
-			_, err = tx.TxPipelined(ctx, func(p redis.Pipeliner) error {
-				if err := change(fields, p, hash); err != nil {
-					return err
-				}
-				p.Publish(ctx, s.channel(), hex.EncodeToString(secret[:]))
-				return nil
-			})
-			return err
-		}, hash)
-		if !errors.Is(err, redis.TxFailedErr) {
+			s.announce(ctx, p, secret)
+			return nil
+		})
+		return err
+	})
+}
+
+// retry runs a transaction on a hash until no other change has come between.
+func (s *redisKeys) retry(ctx context.Context, hash string, transact func(*redis.Tx) error) (err error) {
+	const attempts = 10
+	for range attempts {
+		if err = s.client.Watch(ctx, transact, hash); !errors.Is(err, redis.TxFailedErr) {
 			return err
 		}
 	}

@@ -4,7 +4,6 @@ import (
 	"errors"
 	"net/http"
 	"net/http/httptest"
-	"path/filepath"
 	"strings"
 	"testing"
 	"time"
@@ -126,9 +125,16 @@ func TestOutageIsNotTheFaultOfAKey(t *testing.T) {
 	}
 }
 
+// keyless is a store that has no keys.
+type keyless struct{}
+
+func (keyless) StoreKey() string { return "keyless" }
+
+func (keyless) OpenStore() (Store, error) { return new(crowded), nil }
+
 // TestStoreWithoutKeysIsNotOpenedForOne asks after the configuration's end, when nothing has the store open.
 func TestStoreWithoutKeysIsNotOpenedForOne(t *testing.T) {
-	ref := &storeRef{module: &LocalStore{path: filepath.Join(t.TempDir(), "mesh.db"), maxEvents: 10}}
+	ref := &storeRef{module: keyless{}}
 	h := &Handler{store: ref, logger: zap.NewNop()}
 	if err := ref.keep(); err != nil {
 		t.Fatal(err)

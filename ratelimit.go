@@ -45,7 +45,7 @@ func (x *exchange) ask(store Store, a Admission) (Verdict, error) {
 	ctx := x.r.Context()
 	for pause, waited := firstTurnPause, time.Duration(0); ; pause, waited = 2*pause, waited+pause {
 		verdict, err := x.h.asks.ask(ctx, store, a)
-		if err != nil || verdict.Refused != LimitConcurrency || waited >= longestForTurn {
+		if err != nil || verdict.Refused != LimitConcurrency || verdict.void || waited >= longestForTurn {
 			return verdict, err
 		}
 		select {

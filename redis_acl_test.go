@@ -91,6 +91,12 @@ func requestsOfUser(t *testing.T, nodes []*redisServer, db int) {
 		t.Errorf("%s %s", r.Status, r.body)
 	}
 
+	g.usage(t, `{"group_by":["day","session"]}`)
+	for _, request := range [][3]string{{"POST", eventsPath, `{}`}, {"GET", requestsPath + newRequestID(), ""}, {"GET", standingPath, ""}} {
+		if r := g.do(request[0], request[1], request[2]); r.StatusCode >= 500 {
+			t.Errorf("%s: %s %s", request[1], r.Status, r.body)
+		}
+	}
 	path := templatesPath + "/" + g.do(http.MethodPost, templatesPath, `{"name":"t","system":"x"}`).template(t, 201).ID
 	g.do(http.MethodPatch, path, `{"model":"test/x"}`).template(t, 200)
 	if r := g.do(http.MethodDelete, path, ""); r.StatusCode != http.StatusNoContent {
@@ -103,8 +109,15 @@ func requestsOfUser(t *testing.T, nodes []*redisServer, db int) {
 	if err := s.client.Ping(t.Context()).Err(); err != nil { // as the subscription does when it is quiet
 		t.Error(err)
 	}
+	managesKeys(t, s, keys)
+	if err := s.Usage(t.Context(), UsageQuery{From: time.Now().Add(-time.Hour), To: time.Now()}, func(UsageRow) {}); err != nil {
+		t.Error(err)
+	}
+	if _, err := s.TemplateScopes(t.Context()); err != nil {
+		t.Error(err)
+	}
 	id := newRequestID()
-	admitRedis(t, dying, Admission{KeyID: "lost", RequestID: id, Pending: Event{Model: "m", Cost: 1}})
+	admitRedis(t, dying, Admission{KeyID: "lost", RequestID: id, Limits: Limits{TPM: 5, MaxConcurrency: 5}, Pending: Event{Model: "m", Cost: 1}})
 	ledger := func() string {
 		return fmt.Sprint(keys.client.XRange(t.Context(), "mesh:{lost}:ledger", "-", "+").Val())
 	}
@@ -124,4 +137,28 @@ func requestsOfUser(t *testing.T, nodes []*redisServer, db int) {
 		return strings.Contains(ledger(), `"completed"`) && !strings.Contains(ledger(), `"outcome":"lost"`)
 	})
 	settledAll(t, s)
+}
+
+// managesKeys has a user do all that can be done to keys, also to those that an administrator writes.
+func managesKeys(t *testing.T, user *redisStore, administrator *redisKeys) {
+	secret, _ := digestOf("rsk_01BX5ZZKBKACTAV9WEVGEMMVS3")
+	administrator.mustWrite(t, secret, &Key{id: "by-hand"})
+	made, _ := mustCreate(t, user, Key{Name: "made"})
+	second, _ := newSecret()
+	mustChange(t, user, made.Terms.id, func(k *StoredKey) { k.rotate(second, time.Hour, time.Now()) })
+	finds(t, user, "the key is found", second, func(k *Key) bool { return k != nil })
+	for _, id := range []string{made.Terms.id, "by-hand"} {
+		mustChange(t, user, id, func(k *StoredKey) { k.Terms.Suspended = true })
+	}
+	if page, err := user.ListKeys(t.Context(), "", 10); err != nil || len(page) < 2 {
+		t.Errorf("%v, %v", page, err)
+	}
+	for _, id := range []string{made.Terms.id, "by-hand"} {
+		if _, err := user.KeyUse(t.Context(), id); err != nil {
+			t.Error(err)
+		}
+		if err := user.RevokeKey(t.Context(), id); err != nil {
+			t.Error(err)
+		}
+	}
 }

@@ -85,6 +85,7 @@ func (s *redisStore) admitUnanswered(a Admission, cause error) (Verdict, error) 
 	verdict, err := s.admitWithout(a, cause)
 	if err != nil || verdict.Refused != "" {
 		s.void(a)
+		verdict.void = err == nil
 		return verdict, err
 	}
 	if a.Limits.MaxConcurrency > 0 {

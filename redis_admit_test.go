@@ -210,12 +210,12 @@ func TestEveryKeyInRedisHasATTLAndItsKeysTag(t *testing.T) {
 		if ttl := s.client.TTL(t.Context(), name).Val(); ttl <= 0 {
 			t.Errorf("%s has no TTL", name)
 		}
-		shared := name == "mesh:keyids" || name == "mesh:reaper" || strings.HasPrefix(name, "mesh:instance:")
+		shared := name == "mesh:keyids" || name == "mesh:reaper" || name == "mesh:usagekeys" || strings.HasPrefix(name, "mesh:instance:")
 		if !shared && !strings.HasPrefix(name, "mesh:{abc}:") {
 			t.Errorf("%s has not the tag of its key", name)
 		}
 	}
-	if len(names) != 11 {
+	if len(names) != 14 {
 		t.Errorf("%d keys: %v", len(names), names)
 	}
 }

@@ -69,3 +69,5 @@ func (c *redisCommands) ProcessPipelineHook(next redis.ProcessPipelineHook) redi
 		return next(ctx, commands)
 	}
 }
+
+func redisMember(member string) redis.Z { return redis.Z{Member: member} }

@@ -105,6 +105,8 @@ type Verdict struct {
 	Tokens  Window        // tokens in the current minute; where there is a limit for them
 	Spend   Money         // in the period that was asked for
 	Reset   time.Duration // until the period of spend ends; 0 for a total
+
+	void bool // the request's id has been used up, and must not be asked for again
 }
 
 // Window is a fixed window aligned to UTC.

@@ -93,6 +93,7 @@ type localStore struct {
 	logger     *zap.Logger
 	database   *database
 
+	keys      localKeys
 	accounts  sync.Map // key id → *account
 	recent    recentIDs
 	templates localTemplates
@@ -156,7 +157,7 @@ func (s *localStore) open() (err error) {
 		})
 	}
 	if err == nil {
-		err = s.loadTemplates()
+		err = errors.Join(s.keys.load(s.database), s.loadTemplates())
 	}
 	if err != nil {
 		return errors.Join(err, s.database.bolt.Close())

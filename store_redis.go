@@ -328,7 +328,7 @@ type redisStore struct {
 	journal   *redisJournal
 	keys      *keyCache
 	templates redisTemplates
-	labels    map[string]KeyLabel // those that Redis has been told of; is the writer's
+	labels    map[string]toldLabel // those that Redis has been told of; is the writer's
 	settled   recentlySettled
 	writer    redisWriter
 	writing   atomic.Bool // the writer has something in hand

@@ -228,11 +228,14 @@ func TestRequestsOfADeadGatewayMakeRoom(t *testing.T) {
 }
 
 // crowded is a store in which there is never room.
-type crowded struct{ asked int }
+type crowded struct {
+	asked int
+	void  bool
+}
 
 func (c *crowded) Admit(context.Context, Admission) (Verdict, error) {
 	c.asked++
-	return Verdict{Refused: LimitConcurrency}, nil
+	return Verdict{Refused: LimitConcurrency, void: c.void}, nil
 }
 
 func (*crowded) Settle(Event)    {}
@@ -249,5 +252,23 @@ func TestClientThatLeavesWaitsForNoTurn(t *testing.T) {
 	store.asked = 0
 	if _, err := x.ask(store, Admission{}); err != nil || store.asked > 2 {
 		t.Errorf("%v after %d times", err, store.asked)
+	}
+}
+
+// TestRequestThatRedisMayHaveCountedIsNotAskedForAgain because that was undone, and once undone it could not be counted.
+func TestRequestThatRedisMayHaveCountedIsNotAskedForAgain(t *testing.T) {
+	s := openRedis(t, redisModule(t, startRedis(t).address))
+	admission := func(i int) Admission {
+		return Admission{KeyID: "key", RequestID: requestID(i), Limits: Limits{MaxConcurrency: 1}}
+	}
+	admitRedis(t, s, admission(1))
+	v, err := s.admitUnanswered(admission(2), context.DeadlineExceeded)
+	if err != nil || v.Refused != LimitConcurrency || !v.void {
+		t.Errorf("%+v, %v", v, err)
+	}
+	x := &exchange{h: &Handler{asks: collectors.ofStore("local")}, r: httptest.NewRequest(http.MethodPost, chatPath, nil)}
+	store := &crowded{void: true}
+	if x.ask(store, Admission{}); store.asked != 1 {
+		t.Errorf("asked %d times", store.asked)
 	}
 }

@@ -13,14 +13,21 @@ import (
 	"github.com/redis/go-redis/v9"
 )
 
+// toldLabel is what Redis was told on a day. It forgets what nobody has told it for long.
+type toldLabel struct {
+	KeyLabel
+	day int64
+}
+
 // tellLabels enters what people know the keys of a batch by. That is for reports of all keys; what does not go through
 // comes with the key's next settlement. The writer alone calls it.
 func (s *redisStore) tellLabels(ctx context.Context, batch []settlement) {
 	var news map[string]KeyLabel
+	today := dayOf(s.now())
 	for _, one := range batch {
 		e := &one.Event
 		label := KeyLabel{e.KeyName, e.Owner}
-		if known, ok := s.labels[e.KeyID]; one.Kind != settleEvent || ok && known == label {
+		if one.Kind != settleEvent || s.labels[e.KeyID] == (toldLabel{label, today}) {
 			continue
 		}
 		if news == nil {
@@ -36,14 +43,17 @@ func (s *redisStore) tellLabels(ctx context.Context, batch []settlement) {
 		encoded, _ := json.Marshal(label) // strings: cannot fail
 		fields = append(fields, keyID, encoded)
 	}
-	if s.client.HSet(ctx, s.shared("usagekeys"), fields...).Err() != nil {
+	pipe := s.client.Pipeline()
+	pipe.HSet(ctx, s.shared("usagekeys"), fields...)
+	pipe.Expire(ctx, s.shared("usagekeys"), keptDays)
+	if _, err := pipe.Exec(ctx); err != nil {
 		return
 	}
 	if s.labels == nil || len(s.labels) > maxKnown {
-		s.labels = make(map[string]KeyLabel)
+		s.labels = make(map[string]toldLabel)
 	}
 	for keyID, label := range news {
-		s.labels[keyID] = label
+		s.labels[keyID] = toldLabel{label, today}
 	}
 }
 
