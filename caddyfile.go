@@ -44,10 +44,16 @@ import (
 //			}
 //		}
 //		model <name or pattern> [<upstreams...>] {
-//			upstream       <name> [as <its name for the model>]
-//			price          <USD per million tokens of input> <of output>
-//			price_cached   <USD per million cached tokens of input>
-//			context_length <tokens>
+//			upstream          <name> [as <its name for the model>]
+//			price             <USD per million tokens of input> <of output>
+//			price_cached      <USD per million cached tokens of input>
+//			price_request     <USD per request>
+//			context_length    <tokens>
+//			display_name      <name>
+//			type              <word>
+//			input_modalities  text|image|audio|video|file...
+//			output_modalities text|image|audio|video|file...
+//			supports          tools|structured_output|thinking...
 //		}
 //		default_model <name>
 //		max_body_size <size>
@@ -302,15 +308,31 @@ func (p *blockParser) model(h *Handler) error {
 		p.target(m, &Target{Upstream: upstream})
 	}
 	h.Models = append(h.Models, m)
-	var cached *Money
+	var cached, request *Money
 	err := p.block(words{
 		"upstream":       {parse: func() error { return p.modelUpstream(m) }, many: true},
 		"price":          {parse: func() error { return p.price(m) }},
-		"price_cached":   {parse: func() error { return p.priceCached(&cached) }},
+		"price_cached":   {parse: func() error { return p.amount(&cached) }},
+		"price_request":  {parse: func() error { return p.amount(&request) }},
 		"context_length": {parse: func() error { return p.number(&m.ContextLength) }},
+
+		"display_name":      {parse: func() error { return p.text(&m.DisplayName) }},
+		"type":              {parse: func() error { return p.text(&m.Type) }},
+		"input_modalities":  {parse: func() error { return p.list(&m.InputModalities) }},
+		"output_modalities": {parse: func() error { return p.list(&m.OutputModalities) }},
+		"supports":          {parse: func() error { return p.list(&m.Supports) }},
 	})
-	if err != nil || cached == nil {
+	if err != nil {
 		return err
+	}
+	if request != nil {
+		if m.Price == nil {
+			m.Price = new(Price)
+		}
+		m.Price.Request = *request
+	}
+	if cached == nil {
+		return nil
 	}
 	if m.Price == nil {
 		return p.locate(wrongf(m, "model %s: price_cached needs a price beside it", m.Name))
@@ -350,7 +372,8 @@ func (p *blockParser) price(m *Model) (err error) {
 	return err
 }
 
-func (p *blockParser) priceCached(to **Money) error {
+// amount parses one amount of USD.
+func (p *blockParser) amount(to **Money) error {
 	var s string
 	if err := p.text(&s); err != nil {
 		return err

@@ -27,6 +27,12 @@ func endpoint(path string) (serve func(*exchange) *apiError, method string) {
 		return (*exchange).chat, http.MethodPost
 	case path == modelsPath:
 		return (*exchange).listModels, http.MethodGet
+	case path == modelsPath+"/free":
+		return (*exchange).listFreeModels, http.MethodGet
+	case path == modelsPath+"/paid":
+		return (*exchange).listPaidModels, http.MethodGet
+	case path == modelsPath+"/search":
+		return (*exchange).searchModels, http.MethodGet
 	case strings.HasPrefix(path, modelsPath+"/"):
 		return (*exchange).getModel, http.MethodGet
 	}

@@ -23,6 +23,8 @@ type Model struct {
 
 	// How many tokens prompt and answer may have together. Default: not known.
 	ContextLength int64 `json:"context_length,omitempty"`
+
+	About
 }
 
 // Target is one upstream of a model.
@@ -34,7 +36,7 @@ type Target struct {
 	As string `json:"as,omitempty"`
 }
 
-// Price is what tokens cost, in USD per million, as decimal strings.
+// Price is what requests cost, in USD, as decimal strings. Tokens have a price per million.
 type Price struct {
 	// Tokens of the prompt.
 	Input Money `json:"input"`
@@ -44,7 +46,14 @@ type Price struct {
 
 	// Tokens of the prompt that the upstream had cached. Default: as input.
 	Cached *Money `json:"cached,omitempty"`
+
+	// Each request, whatever its tokens. Like a prompt's tokens, it is charged once an upstream has the request and
+	// may charge for it. Default: nothing.
+	Request Money `json:"request,omitempty"`
 }
+
+// free reports whether requests cost nothing at a price that is given.
+func (p *Price) free() bool { return p != nil && p.Input == 0 && p.Output == 0 && p.Request == 0 }
 
 func (m *Model) check(upstreams map[string]bool) error {
 	if err := checkPattern(m.Name); err != nil {
@@ -56,8 +65,11 @@ func (m *Model) check(upstreams map[string]bool) error {
 	if m.ContextLength < 0 {
 		return fmt.Errorf("context_length: %d is negative", m.ContextLength)
 	}
-	if p := m.Price; p != nil && (p.Input < 0 || p.Output < 0 || p.Cached != nil && *p.Cached < 0) {
+	if p := m.Price; p != nil && (p.Input < 0 || p.Output < 0 || p.Request < 0 || p.Cached != nil && *p.Cached < 0) {
 		return errors.New("price: an amount is negative")
+	}
+	if err := m.About.check(); err != nil {
+		return err
 	}
 	seen := make(map[Target]bool, len(m.Targets))
 	for _, t := range m.Targets {
@@ -206,85 +218,4 @@ func modelNotFound(name string) *apiError {
 	e := errorf(http.StatusNotFound, "model_not_found", "The model %.*q does not exist.", maxModelName, name)
 	e.param = "model"
 	return e
-}
-
-// catalogueEntry is a model as the API lists it.
-type catalogueEntry struct {
-	ID            string            `json:"id"`
-	Object        string            `json:"object"`
-	Created       int64             `json:"created"`
-	OwnedBy       string            `json:"owned_by"`
-	Name          string            `json:"name"`
-	ContextLength int64             `json:"context_length,omitempty"`
-	IsFree        bool              `json:"is_free"`
-	Pricing       *cataloguePricing `json:"pricing,omitempty"`
-}
-
-type cataloguePricing struct {
-	Unit          string `json:"pricing_unit"`
-	PromptPerM    Money  `json:"prompt_usd_per_1m"`
-	OutputPerM    Money  `json:"completion_usd_per_1m"`
-	PromptPerK    string `json:"prompt_usd_per_1k"`
-	OutputPerK    string `json:"completion_usd_per_1k"`
-	CacheReadPerM *Money `json:"cache_read_input_usd_per_1m,omitempty"`
-}
-
-// entry describes the model under the name a client may use.
-func (m *modelEntry) entry(name string) catalogueEntry {
-	owner, short, ok := strings.Cut(name, "/")
-	if !ok {
-		owner, short = "mesh", name
-	}
-	e := catalogueEntry{
-		ID: name, Object: "model", OwnedBy: owner, Name: short,
-		ContextLength: m.ContextLength,
-		IsFree:        m.Price != nil && m.Price.Input == 0 && m.Price.Output == 0,
-	}
-	if p := m.Price; p != nil {
-		e.Pricing = &cataloguePricing{
-			Unit:          "per_1m_tokens",
-			PromptPerM:    p.Input,
-			OutputPerM:    p.Output,
-			PromptPerK:    p.Input.thousandth(),
-			OutputPerK:    p.Output.thousandth(),
-			CacheReadPerM: p.Cached,
-		}
-	}
-	return e
-}
-
-// listModels serves GET /v1/models: the models with an exact name that the key may use.
-func (x *exchange) listModels() *apiError {
-	if refusal := x.authenticate(); refusal != nil {
-		return refusal
-	}
-	list := make([]catalogueEntry, 0, len(x.h.models.names))
-	for _, m := range x.h.models.names {
-		if x.key.allows(m.Name) {
-			list = append(list, m.entry(m.Name))
-		}
-	}
-	if x.meshClient() {
-		return x.answer(list)
-	}
-	return x.answer(struct {
-		Object string           `json:"object"`
-		Data   []catalogueEntry `json:"data"`
-	}{"list", list})
-}
-
-// reservedNames are paths of the Mesh API below /v1/models that name no model.
-var reservedNames = map[string]bool{"free": true, "paid": true, "search": true}
-
-// getModel serves GET /v1/models/{id}. A name that only a pattern covers is there too: a client can use it.
-func (x *exchange) getModel() *apiError {
-	if refusal := x.authenticate(); refusal != nil {
-		return refusal
-	}
-	name := strings.TrimPrefix(x.r.URL.Path, modelsPath+"/")
-	m := x.h.models.find(name)
-	if m == nil || !x.key.allows(name) || reservedNames[name] {
-		return modelNotFound(name)
-	}
-	return x.answer(m.entry(name))
 }
