@@ -34,6 +34,7 @@ import (
 //		upstream <name> <addresses...> {
 //			api_key   <key>
 //			header    <name> <value>
+//			provider  <its name in files of prices>
 //			base_path <path>
 //			on_hangup cancel|free|drain [<timeout> [<at once>]]
 //			reverse_proxy {
@@ -55,6 +56,7 @@ import (
 //			output_modalities text|image|audio|video|file...
 //			supports          tools|structured_output|thinking...
 //		}
+//		prices        <files...>
 //		default_model <name>
 //		max_body_size <size>
 //		timeout       <duration>
@@ -81,6 +83,7 @@ func parseCaddyfile(helper httpcaddyfile.Helper) (caddyhttp.MiddlewareHandler, e
 		"key":             {parse: func() error { return p.key(h) }, many: true},
 		"upstream":        {parse: func() error { return p.upstream(h) }, many: true},
 		"model":           {parse: func() error { return p.model(h) }, many: true},
+		"prices":          {parse: func() error { return p.prices(h) }, many: true},
 		"default_model":   {parse: func() error { return p.placed(&h.DefaultModel) }},
 		"max_body_size":   {parse: func() error { return p.size(&h.MaxBodySize) }},
 		"timeout":         {parse: func() error { return p.duration(&h.Timeout) }},
@@ -274,6 +277,15 @@ func (p *blockParser) spendCap(k *Key) (err error) {
 	if err := k.SpendPeriod.check(); err != nil {
 		return p.WrapErr(err)
 	}
+	return nil
+}
+
+func (p *blockParser) prices(h *Handler) error {
+	files := p.RemainingArgs()
+	if len(files) == 0 {
+		return p.ArgErr()
+	}
+	h.Prices = append(h.Prices, files...)
 	return nil
 }
 

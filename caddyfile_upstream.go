@@ -32,6 +32,7 @@ func (p *blockParser) upstream(h *Handler) error {
 	var proxy, handle []caddyfile.Token // the segments of these words
 	err = p.block(words{
 		"api_key":       {parse: func() error { return p.text(&u.APIKey) }},
+		"provider":      {parse: func() error { return p.text(&u.Provider) }},
 		"header":        {parse: func() error { return p.header(u) }, many: true},
 		"on_hangup":     {parse: func() error { return p.onHangup(u) }},
 		"base_path":     {parse: func() error { return p.text(&u.BasePath) }},

@@ -101,14 +101,18 @@ func (m *modelEntry) entry(name string) catalogueEntry {
 	if m.DisplayName != "" {
 		short = m.DisplayName
 	}
+	price, context := m.terms(name)
 	e := catalogueEntry{
 		ID: name, Object: "model", OwnedBy: owner, Name: short,
-		ContextLength:    m.ContextLength,
-		IsFree:           m.Price.free(),
-		Pricing:          m.Price.entry(),
+		ContextLength:    context,
+		IsFree:           price.free(),
+		Pricing:          price.entry(),
 		ModelType:        "text",
 		InputModalities:  textOnly,
 		OutputModalities: textOnly,
+	}
+	if l := m.listed(name); l != nil {
+		e.describe(&l.about)
 	}
 	e.describe(&m.About)
 	e.SupportsCompletions = slices.Contains(e.OutputModalities, "text")

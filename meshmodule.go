@@ -66,6 +66,11 @@ type Handler struct {
 	// The models that clients may ask for, and who serves them. The most specific name wins.
 	Models []*Model `json:"models,omitempty"`
 
+	// Files that say what models cost, how long their context is and what they can do, in the format of LiteLLM's
+	// `model_prices_and_context_window.json`. What a model here says of itself goes before them. They are read when a
+	// configuration is loaded; a relative path starts at the folder that Caddy runs in.
+	Prices []string `json:"prices,omitempty"`
+
 	// The model of a request that names none and whose key has no default either. Default: `openai/gpt-4o`.
 	DefaultModel string `json:"default_model,omitempty"`
 
@@ -130,6 +135,13 @@ func (h *Handler) Provision(ctx caddy.Context) error {
 		upstreams[u.Name] = u
 	}
 	h.models = newModelTable(h.Models, upstreams)
+	if len(h.Prices) > 0 {
+		book, err := readPrices(h.Prices, h.logger)
+		if err != nil {
+			return err
+		}
+		h.models.addPrices(book)
+	}
 	keys, err := newKeyring(h.Keys)
 	if err != nil {
 		return err
@@ -174,7 +186,7 @@ func (h *Handler) start() error {
 func (h *Handler) warnOfUnpriced() {
 	for i, k := range h.Keys {
 		for _, m := range h.Models {
-			if k.SpendCap > 0 && m.Price == nil && k.mayReach(m.Name) {
+			if k.SpendCap > 0 && h.models.unpriced(m) && k.mayReach(m.Name) {
 				h.logger.Warn("a key with a spend cap can use a model without a price, which costs it nothing",
 					zap.String("key", nameOr(k.Name, i)), zap.String("model", m.Name))
 			}

@@ -18,10 +18,11 @@ type Model struct {
 	// The upstreams that serve it, in order of preference.
 	Targets []*Target `json:"upstreams,omitempty"`
 
-	// What its tokens cost. Without a price, its requests are free and their answers carry no cost.
+	// What its requests cost. Default: what the files of prices say; without a price, its requests are free and their
+	// answers carry no cost.
 	Price *Price `json:"price,omitempty"`
 
-	// How many tokens prompt and answer may have together. Default: not known.
+	// How many tokens prompt and answer may have together. Default: what the files of prices say, or not known.
 	ContextLength int64 `json:"context_length,omitempty"`
 
 	About
@@ -134,6 +135,8 @@ type modelEntry struct {
 	*Model
 	upstreams []*Upstream // one for each target
 	series    []targetSeries
+	book      *priceBook   // of a pattern; nil where there is none
+	known     *listedModel // of a name, what the book says of it
 }
 
 func newModelTable(models []*Model, upstreams map[string]*Upstream) modelTable {
@@ -153,6 +156,16 @@ func newModelTable(models []*Model, upstreams map[string]*Upstream) modelTable {
 	}
 	slices.SortStableFunc(t.patterns, func(a, b *modelEntry) int { return cmp.Compare(len(b.Name), len(a.Name)) })
 	return t
+}
+
+// addPrices gives the models what a book says of them.
+func (t modelTable) addPrices(b *priceBook) {
+	for _, m := range t.names {
+		m.known = b.find(m.Name, m.Targets, m.upstreams)
+	}
+	for _, m := range t.patterns {
+		m.book = b
+	}
 }
 
 // find returns the model that serves a name, or nil.
@@ -181,11 +194,41 @@ type candidate struct {
 	series   *targetSeries
 }
 
+// unpriced reports whether a model has no price, or, of a pattern, whether it may cover a name that has none.
+func (t modelTable) unpriced(m *Model) bool {
+	if e := t.exact[m.Name]; e != nil {
+		price, _ := e.terms(m.Name)
+		return price == nil
+	}
+	return m.Price == nil
+}
+
+// listed returns what the price book says of the model under a name, or nil.
+func (m *modelEntry) listed(name string) *listedModel {
+	if m.book == nil {
+		return m.known
+	}
+	return m.book.find(name, m.Targets, m.upstreams)
+}
+
+// terms returns the price and the context length of the model under a name: its own, or else those of the price book.
+func (m *modelEntry) terms(name string) (price *Price, context int64) {
+	price, context = m.Price, m.ContextLength
+	if price != nil && context != 0 {
+		return price, context
+	}
+	if l := m.listed(name); l != nil {
+		return cmp.Or(price, l.price), cmp.Or(context, l.context)
+	}
+	return price, context
+}
+
 // candidates returns the ways to serve a model under a name, in order of preference.
 func (m *modelEntry) candidates(name string) []candidate {
 	list := make([]candidate, len(m.Targets))
+	price, context := m.terms(name)
 	for i, t := range m.Targets {
-		list[i] = candidate{model: name, price: m.Price, upstream: m.upstreams[i], as: t.nameThere(name), context: m.ContextLength, series: &m.series[i]}
+		list[i] = candidate{model: name, price: price, upstream: m.upstreams[i], as: t.nameThere(name), context: context, series: &m.series[i]}
 	}
 	return list
 }

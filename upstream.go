@@ -1,6 +1,7 @@
 package mesh
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -19,6 +20,9 @@ import (
 type Upstream struct {
 	// The name that models refer to.
 	Name string `json:"name,omitempty"`
+
+	// What the files of prices call the provider, in the names of models that begin with it. Default: the upstream's name.
+	Provider string `json:"provider,omitempty"`
 
 	// What stands before `/chat/completions` in its URLs, such as `/v1`; a query, where it needs one, goes with
 	// every request.
@@ -47,6 +51,8 @@ type Upstream struct {
 	health    *upstreamHealth
 	healthKey string // while the configuration lives
 }
+
+func (u *Upstream) provider() string { return cmp.Or(u.Provider, u.Name) }
 
 func (u *Upstream) check() error {
 	if u.Name == "" {
