@@ -31,12 +31,14 @@ import (
 //			expires       <RFC 3339 time>
 //			suspended
 //		}
-//		upstream <name> <addresses...> {
-//			api_key   <key>
-//			header    <name> <value>
-//			provider  <its name in files of prices>
-//			base_path <path>
-//			on_hangup cancel|free|drain [<timeout> [<at once>]]
+//		upstream <name> <addresses...>|preset [<preset>] [<addresses...>] {
+//			api_key           <key>
+//			api_key_header    <name>
+//			header            <name> <value>
+//			no_stream_options
+//			provider          <its name in files of prices>
+//			base_path         <path>
+//			on_hangup         cancel|free|drain [<timeout> [<at once>]]
 //			reverse_proxy {
 //				<any option of reverse_proxy>
 //			}

@@ -27,6 +27,7 @@ type chatRequest struct {
 	timeout      time.Duration // 0: the handler's
 	maxTokens    int64         // of one choice of the answer; 0 if the client set no bound
 	choices      int64         // how many answers it wants; 0 if it did not say
+	options      bool          // it has stream_options
 
 	prompt promptSize
 }
@@ -36,6 +37,7 @@ type edit struct {
 	span
 	with  string
 	model bool // with is a prefix; the quoted model name comes after it
+	usage bool // it adds stream_options, which not all upstreams take
 }
 
 // promptSize is what an estimate of the prompt's tokens is made from.
@@ -147,7 +149,7 @@ func (p *parser) object() {
 			seen |= bit
 			p.known(i)
 		}
-		if exact && chatMembers[i].gateway {
+		if exact && (chatMembers[i].gateway || i == memberStreamOptions && p.noStreamOptions) {
 			if removed.to == 0 {
 				removed.from = start
 			}
@@ -190,7 +192,8 @@ func (p *parser) addMembers(end int, seen uint64) {
 	if seen&bitOf(memberModel) == 0 {
 		p.edit(edit{span: span{end, end}, with: `,"model":`, model: true})
 	}
-	if !p.req.stream {
+	p.req.options = p.options.value.to != 0
+	if !p.req.stream || p.noStreamOptions {
 		return
 	}
 	const asked = `"include_usage":true`
@@ -198,7 +201,7 @@ func (p *parser) addMembers(end int, seen uint64) {
 	inside := options.value.from + 1
 	switch {
 	case options.value.to == 0:
-		p.edit(edit{span: span{end, end}, with: `,"stream_options":{` + asked + `}`})
+		p.edit(edit{usage: true, span: span{end, end}, with: `,"stream_options":{` + asked + `}`})
 	case options.null:
 		p.edit(edit{span: options.value, with: `{` + asked + `}`})
 	case options.include.to != 0:
@@ -224,8 +227,33 @@ func (r *chatRequest) sortEdits() {
 // segments returns the body as the upstream receives it: the client's bytes but for the edits, cut into pieces so
 // that nothing is copied.
 func (r *chatRequest) segments(model string) (parts [][]byte, size int64) {
+	return r.cut(r.edits, model)
+}
+
+// segmentsFor is segments for one candidate, whose upstream may have its own way.
+func (r *chatRequest) segmentsFor(c *candidate) (parts [][]byte, size int64) {
+	if c.upstream.NoStreamOptions {
+		return r.cut(r.editsWithoutOptions(), c.as)
+	}
+	return r.cut(r.edits, c.as)
+}
+
+// editsWithoutOptions are the edits for an upstream that takes no stream_options. Where the client sent some, the request
+// is read once more: which comma goes with a member depends on what else goes.
+func (r *chatRequest) editsWithoutOptions() []edit {
+	if r.options {
+		p := &parser{cursor: cursor{data: r.body, maxDepth: maxRequestDepth}, req: &chatRequest{body: r.body}, noStreamOptions: true}
+		p.object()
+		p.req.sortEdits()
+		return p.req.edits
+	}
+	return slices.DeleteFunc(slices.Clone(r.edits), func(e edit) bool { return e.usage })
+}
+
+// cut applies edits to the body.
+func (r *chatRequest) cut(edits []edit, model string) (parts [][]byte, size int64) {
 	name := appendString(nil, model)
-	parts = make([][]byte, 0, 3*len(r.edits)+1)
+	parts = make([][]byte, 0, 3*len(edits)+1)
 	add := func(b []byte) {
 		if len(b) > 0 {
 			parts = append(parts, b)
@@ -233,7 +261,7 @@ func (r *chatRequest) segments(model string) (parts [][]byte, size int64) {
 		}
 	}
 	done := 0
-	for _, e := range r.edits {
+	for _, e := range edits {
 		add(r.body[done:e.from])
 		add([]byte(e.with))
 		if e.model {

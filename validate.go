@@ -19,6 +19,8 @@ type parser struct {
 	path   []step // to the value at hand
 	faults []fault
 
+	noStreamOptions bool // these are not sent upstream
+
 	options struct { // stream_options
 		value   span // nothing where it was not given
 		null    bool
