@@ -52,6 +52,7 @@ import (
 //			price_cached      <USD per million cached tokens of input>
 //			price_request     <USD per request>
 //			context_length    <tokens>
+//			transforms        middle-out
 //			display_name      <name>
 //			type              <word>
 //			input_modalities  text|image|audio|video|file...
@@ -330,6 +331,7 @@ func (p *blockParser) model(h *Handler) error {
 		"price_request":  {parse: func() error { return p.amount(&request) }},
 		"context_length": {parse: func() error { return p.number(&m.ContextLength) }},
 
+		"transforms":        {parse: func() error { return p.list(&m.Transforms) }},
 		"display_name":      {parse: func() error { return p.text(&m.DisplayName) }},
 		"type":              {parse: func() error { return p.text(&m.Type) }},
 		"input_modalities":  {parse: func() error { return p.list(&m.InputModalities) }},

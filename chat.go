@@ -28,6 +28,9 @@ type chatRequest struct {
 	maxTokens    int64         // of one choice of the answer; 0 if the client set no bound
 	choices      int64         // how many answers it wants; 0 if it did not say
 	options      bool          // it has stream_options
+	transforms   *bool         // whether middle-out is wanted; nil if it did not say
+	messages     span
+	tools        span
 
 	prompt promptSize
 }
@@ -103,7 +106,7 @@ func parseChat(body []byte) (*chatRequest, *apiError) {
 	if len(p.faults) > 0 {
 		return nil, validationError(p.faults)
 	}
-	p.req.sortEdits()
+	sortEdits(p.req.edits)
 	return p.req, nil
 }
 
@@ -218,10 +221,11 @@ func (p *parser) addMembers(end int, seen uint64) {
 func (p *parser) edit(e edit) { p.req.edits = append(p.req.edits, e) }
 
 // sortEdits puts the edits in order of their place. An insertion comes before a removal of what follows it.
-func (r *chatRequest) sortEdits() {
-	slices.SortStableFunc(r.edits, func(a, b edit) int {
+func sortEdits(edits []edit) []edit {
+	slices.SortStableFunc(edits, func(a, b edit) int {
 		return cmp.Or(a.from-b.from, a.to-b.to)
 	})
+	return edits
 }
 
 // segments returns the body as the upstream receives it: the client's bytes but for the edits, cut into pieces so
@@ -232,10 +236,14 @@ func (r *chatRequest) segments(model string) (parts [][]byte, size int64) {
 
 // segmentsFor is segments for one candidate, whose upstream may have its own way.
 func (r *chatRequest) segmentsFor(c *candidate) (parts [][]byte, size int64) {
+	edits := r.edits
 	if c.upstream.NoStreamOptions {
-		return r.cut(r.editsWithoutOptions(), c.as)
+		edits = r.editsWithoutOptions()
 	}
-	return r.cut(r.edits, c.as)
+	if cuts := r.middleOutEdits(c); len(cuts) > 0 {
+		edits = sortEdits(append(cuts, edits...))
+	}
+	return r.cut(edits, c.as)
 }
 
 // editsWithoutOptions are the edits for an upstream that takes no stream_options. Where the client sent some, the request
@@ -244,8 +252,7 @@ func (r *chatRequest) editsWithoutOptions() []edit {
 	if r.options {
 		p := &parser{cursor: cursor{data: r.body, maxDepth: maxRequestDepth}, req: &chatRequest{body: r.body}, noStreamOptions: true}
 		p.object()
-		p.req.sortEdits()
-		return p.req.edits
+		return sortEdits(p.req.edits)
 	}
 	return slices.DeleteFunc(slices.Clone(r.edits), func(e edit) bool { return e.usage })
 }

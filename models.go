@@ -25,6 +25,10 @@ type Model struct {
 	// How many tokens prompt and answer may have together. Default: what the files of prices say, or not known.
 	ContextLength int64 `json:"context_length,omitempty"`
 
+	// What is done to requests that do not say `transforms` themselves: `middle-out` takes messages out of the middle of a
+	// conversation that is longer than context_length. Default: nothing.
+	Transforms []string `json:"transforms,omitempty"`
+
 	About
 }
 
@@ -68,6 +72,9 @@ func (m *Model) check(upstreams map[string]bool) error {
 	}
 	if p := m.Price; p != nil && (p.Input < 0 || p.Output < 0 || p.Request < 0 || p.Cached != nil && *p.Cached < 0) {
 		return errors.New("price: an amount is negative")
+	}
+	if err := checkWords("transforms", m.Transforms, []string{middleOut}); err != nil {
+		return err
 	}
 	if err := m.About.check(); err != nil {
 		return err
@@ -186,12 +193,13 @@ func (t modelTable) find(name string) *modelEntry {
 
 // candidate is one way to serve a request.
 type candidate struct {
-	model    string // as clients call it
-	price    *Price
-	upstream *Upstream
-	as       string // what the upstream calls the model
-	context  int64  // how many tokens prompt and answer may have together; 0: not known
-	series   *targetSeries
+	model     string // as clients call it
+	price     *Price
+	upstream  *Upstream
+	as        string // what the upstream calls the model
+	middleOut bool   // messages are left out of what does not fit
+	context   int64  // how many tokens prompt and answer may have together; 0: not known
+	series    *targetSeries
 }
 
 // unpriced reports whether a model has no price, or, of a pattern, whether it may cover a name that has none.
@@ -228,7 +236,7 @@ func (m *modelEntry) candidates(name string) []candidate {
 	list := make([]candidate, len(m.Targets))
 	price, context := m.terms(name)
 	for i, t := range m.Targets {
-		list[i] = candidate{model: name, price: price, upstream: m.upstreams[i], as: t.nameThere(name), context: context, series: &m.series[i]}
+		list[i] = candidate{model: name, price: price, upstream: m.upstreams[i], as: t.nameThere(name), context: context, middleOut: len(m.Transforms) > 0, series: &m.series[i]}
 	}
 	return list
 }
