@@ -35,11 +35,14 @@ import (
 //			suspended
 //			metadata        <name> <value>
 //		}
-//		upstream <name> <addresses...> {
-//			api_key   <key>
-//			header    <name> <value>
-//			base_path <path>
-//			on_hangup cancel|free|drain [<timeout> [<at once>]]
+//		upstream <name> <addresses...>|preset [<preset>] [<addresses...>] {
+//			api_key           <key>
+//			api_key_header    <name>
+//			header            <name> <value>
+//			no_stream_options
+//			provider          <its name in files of prices>
+//			base_path         <path>
+//			on_hangup         cancel|free|drain [<timeout> [<at once>]]
 //			reverse_proxy {
 //				<any option of reverse_proxy>
 //			}
@@ -48,11 +51,19 @@ import (
 //			}
 //		}
 //		model <name or pattern> [<upstreams...>] {
-//			upstream       <name> [as <its name for the model>]
-//			price          <USD per million tokens of input> <of output>
-//			price_cached   <USD per million cached tokens of input>
-//			context_length <tokens>
+//			upstream          <name> [as <its name for the model>]
+//			price             <USD per million tokens of input> <of output>
+//			price_cached      <USD per million cached tokens of input>
+//			price_request     <USD per request>
+//			context_length    <tokens>
+//			transforms        middle-out
+//			display_name      <name>
+//			type              <word>
+//			input_modalities  text|image|audio|video|file...
+//			output_modalities text|image|audio|video|file...
+//			supports          tools|structured_output|thinking...
 //		}
+//		prices        <files...>
 //		default_model <name>
 //		template <name> {
 //			description <text>
@@ -94,6 +105,7 @@ func parseCaddyfile(helper httpcaddyfile.Helper) (caddyhttp.MiddlewareHandler, e
 		"key":             {parse: func() error { return p.key(h) }, many: true},
 		"upstream":        {parse: func() error { return p.upstream(h) }, many: true},
 		"model":           {parse: func() error { return p.model(h) }, many: true},
+		"prices":          {parse: func() error { return p.prices(h) }, many: true},
 		"default_model":   {parse: func() error { return p.placed(&h.DefaultModel) }},
 		"max_body_size":   {parse: func() error { return p.size(&h.MaxBodySize) }},
 		"timeout":         {parse: func() error { return p.duration(&h.Timeout) }},
@@ -312,6 +324,15 @@ func (p *blockParser) spendCap(k *Key) (err error) {
 	return nil
 }
 
+func (p *blockParser) prices(h *Handler) error {
+	files := p.RemainingArgs()
+	if len(files) == 0 {
+		return p.ArgErr()
+	}
+	h.Prices = append(h.Prices, files...)
+	return nil
+}
+
 func (p *blockParser) list(to *[]string) error {
 	*to = p.RemainingArgs()
 	if len(*to) == 0 {
@@ -343,15 +364,32 @@ func (p *blockParser) model(h *Handler) error {
 		p.target(m, &Target{Upstream: upstream})
 	}
 	h.Models = append(h.Models, m)
-	var cached *Money
+	var cached, request *Money
 	err := p.block(words{
 		"upstream":       {parse: func() error { return p.modelUpstream(m) }, many: true},
 		"price":          {parse: func() error { return p.price(m) }},
-		"price_cached":   {parse: func() error { return p.priceCached(&cached) }},
+		"price_cached":   {parse: func() error { return p.amount(&cached) }},
+		"price_request":  {parse: func() error { return p.amount(&request) }},
 		"context_length": {parse: func() error { return p.number(&m.ContextLength) }},
+
+		"transforms":        {parse: func() error { return p.list(&m.Transforms) }},
+		"display_name":      {parse: func() error { return p.text(&m.DisplayName) }},
+		"type":              {parse: func() error { return p.text(&m.Type) }},
+		"input_modalities":  {parse: func() error { return p.list(&m.InputModalities) }},
+		"output_modalities": {parse: func() error { return p.list(&m.OutputModalities) }},
+		"supports":          {parse: func() error { return p.list(&m.Supports) }},
 	})
-	if err != nil || cached == nil {
+	if err != nil {
 		return err
+	}
+	if request != nil {
+		if m.Price == nil {
+			m.Price = new(Price)
+		}
+		m.Price.Request = *request
+	}
+	if cached == nil {
+		return nil
 	}
 	if m.Price == nil {
 		return p.locate(wrongf(m, "model %s: price_cached needs a price beside it", m.Name))
@@ -391,7 +429,8 @@ func (p *blockParser) price(m *Model) (err error) {
 	return err
 }
 
-func (p *blockParser) priceCached(to **Money) error {
+// amount parses one amount of USD.
+func (p *blockParser) amount(to **Money) error {
 	var s string
 	if err := p.text(&s); err != nil {
 		return err

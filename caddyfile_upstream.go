@@ -25,18 +25,26 @@ func (p *blockParser) upstream(h *Handler) error {
 	}
 	u.Name = args[0]
 	h.Upstreams = append(h.Upstreams, u)
-	addresses, err := p.splitAddresses(u, args[1:])
-	if err != nil {
+	addresses, err := args[1:], error(nil)
+	if len(addresses) > 0 && addresses[0] == "preset" {
+		if addresses, err = p.preset(u, addresses[1:]); err != nil {
+			return err
+		}
+	}
+	if addresses, err = p.splitAddresses(u, addresses); err != nil {
 		return err
 	}
 	var proxy, handle []caddyfile.Token // the segments of these words
 	err = p.block(words{
-		"api_key":       {parse: func() error { return p.text(&u.APIKey) }},
-		"header":        {parse: func() error { return p.header(u) }, many: true},
-		"on_hangup":     {parse: func() error { return p.onHangup(u) }},
-		"base_path":     {parse: func() error { return p.text(&u.BasePath) }},
-		"reverse_proxy": {parse: func() error { proxy = p.NextSegment(); return nil }},
-		"handle":        {parse: func() error { handle = p.NextSegment(); return nil }},
+		"api_key":           {parse: func() error { return p.text(&u.APIKey) }},
+		"api_key_header":    {parse: func() error { return p.text(&u.APIKeyHeader) }},
+		"no_stream_options": {parse: func() error { return p.flag(&u.NoStreamOptions) }},
+		"provider":          {parse: func() error { return p.text(&u.Provider) }},
+		"header":            {parse: func() error { return p.header(u) }, many: true},
+		"on_hangup":         {parse: func() error { return p.onHangup(u) }},
+		"base_path":         {parse: func() error { return p.text(&u.BasePath) }},
+		"reverse_proxy":     {parse: func() error { proxy = p.NextSegment(); return nil }},
+		"handle":            {parse: func() error { handle = p.NextSegment(); return nil }},
 	})
 	switch {
 	case err != nil:

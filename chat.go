@@ -26,11 +26,14 @@ type chatRequest struct {
 	timeout      time.Duration // 0: the handler's
 	maxTokens    int64         // of one choice of the answer; 0 if the client set no bound
 	choices      int64         // how many answers it wants; 0 if it did not say
+	options      bool          // it has stream_options
+	transforms   *bool         // whether middle-out is wanted; nil if it did not say
+	messages     span
+	tools        span
 
 	template      string            // a name or an id; empty for none
 	variables     map[string]string // for its slots
 	templateModel string            // the template's, for where nobody else names one
-	messagesAt    int               // where the first of the messages stands, or would
 	end           int               // where members can be added
 	added         int               // bytes that the gateway has added
 
@@ -42,6 +45,8 @@ type edit struct {
 	span
 	with  string
 	model bool // with is a prefix; the quoted model name comes after it
+	usage bool // it adds stream_options, which not all upstreams take
+	added bool // it is no change of what the client sent, but comes from a template or defaults
 }
 
 // promptSize is what an estimate of the prompt's tokens is made from.
@@ -108,7 +113,7 @@ func parseChat(body []byte) (*chatRequest, *apiError) {
 	if len(p.faults) > 0 {
 		return nil, validationError(p.faults)
 	}
-	p.req.sortEdits()
+	sortEdits(p.req.edits)
 	return p.req, nil
 }
 
@@ -143,7 +148,7 @@ func (p *parser) object() {
 			seen |= bit
 			p.known(i)
 		}
-		if exact && chatMembers[i].gateway {
+		if exact && (chatMembers[i].gateway || i == memberStreamOptions && p.noStreamOptions) {
 			if removed.to == 0 {
 				removed.from = start
 			}
@@ -190,7 +195,8 @@ func (p *parser) addMembers(end int, seen uint64) {
 	if seen&bitOf(memberModel) == 0 {
 		p.edit(edit{span: span{end, end}, with: `,"model":`, model: true})
 	}
-	if !p.req.stream {
+	p.req.options = p.options.value.to != 0
+	if !p.req.stream || p.noStreamOptions {
 		return
 	}
 	const asked = `"include_usage":true`
@@ -198,7 +204,7 @@ func (p *parser) addMembers(end int, seen uint64) {
 	inside := options.value.from + 1
 	switch {
 	case options.value.to == 0:
-		p.edit(edit{span: span{end, end}, with: `,"stream_options":{` + asked + `}`})
+		p.edit(edit{usage: true, span: span{end, end}, with: `,"stream_options":{` + asked + `}`})
 	case options.null:
 		p.edit(edit{span: options.value, with: `{` + asked + `}`})
 	case options.include.to != 0:
@@ -215,17 +221,55 @@ func (p *parser) addMembers(end int, seen uint64) {
 func (p *parser) edit(e edit) { p.req.edits = append(p.req.edits, e) }
 
 // sortEdits puts the edits in order of their place. An insertion comes before a removal of what follows it.
-func (r *chatRequest) sortEdits() {
-	slices.SortStableFunc(r.edits, func(a, b edit) int {
+func sortEdits(edits []edit) []edit {
+	slices.SortStableFunc(edits, func(a, b edit) int {
 		return cmp.Or(a.from-b.from, a.to-b.to)
 	})
+	return edits
 }
 
 // segments returns the body as the upstream receives it: the client's bytes but for the edits, cut into pieces so
 // that nothing is copied.
 func (r *chatRequest) segments(model string) (parts [][]byte, size int64) {
+	return r.cut(r.edits, model)
+}
+
+// segmentsFor is segments for one candidate, whose upstream may have its own way.
+func (r *chatRequest) segmentsFor(c *candidate) (parts [][]byte, size int64) {
+	edits := r.edits
+	if c.upstream.NoStreamOptions {
+		edits = r.editsWithoutOptions()
+	}
+	if cuts := r.middleOutEdits(c); len(cuts) > 0 {
+		edits = sortEdits(append(cuts, edits...))
+	}
+	return r.cut(edits, c.as)
+}
+
+// editsWithoutOptions are the edits for an upstream that takes no stream_options. Where the client sent some, the request
+// is read once more: which comma goes with a member depends on what else goes.
+func (r *chatRequest) editsWithoutOptions() []edit {
+	if r.options {
+		p := &parser{cursor: cursor{data: r.body, maxDepth: maxRequestDepth}, req: &chatRequest{body: r.body}, noStreamOptions: true}
+		p.object()
+		edits := p.req.edits
+		for _, e := range r.edits {
+			if e.added && e.from == r.end && e.to == r.end { // which may be gone now
+				e.span = span{p.req.end, p.req.end}
+			}
+			if e.added {
+				edits = append(edits, e)
+			}
+		}
+		return sortEdits(edits)
+	}
+	return slices.DeleteFunc(slices.Clone(r.edits), func(e edit) bool { return e.usage })
+}
+
+// cut applies edits to the body.
+func (r *chatRequest) cut(edits []edit, model string) (parts [][]byte, size int64) {
 	name := appendString(nil, model)
-	parts = make([][]byte, 0, 3*len(r.edits)+1)
+	parts = make([][]byte, 0, 3*len(edits)+1)
 	add := func(b []byte) {
 		if len(b) > 0 {
 			parts = append(parts, b)
@@ -233,7 +277,7 @@ func (r *chatRequest) segments(model string) (parts [][]byte, size int64) {
 		}
 	}
 	done := 0
-	for _, e := range r.edits {
+	for _, e := range edits {
 		add(r.body[done:e.from])
 		add([]byte(e.with))
 		if e.model {

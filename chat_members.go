@@ -43,7 +43,8 @@ var chatMembers = []member{
 	{name: "variables", gateway: true, check: func(p *parser) { p.req.variables = p.textMap() }},
 	{name: "models", gateway: true, check: func(p *parser) { p.unbuilt(p.list(func(p *parser) { p.text() }) > 0) }},
 	{name: "transforms", gateway: true, check: func(p *parser) {
-		p.unbuilt(p.list(func(p *parser) { p.oneOf("middle-out") }) > 0)
+		on := p.list(func(p *parser) { p.oneOf(middleOut) }) > 0
+		p.req.transforms = &on
 	}},
 	{name: "modality", gateway: true, check: func(p *parser) { p.unbuilt(p.oneOf("text", "image") == "image") }},
 	{name: "image", gateway: true, check: func(p *parser) { p.unbuilt(p.image()) }},
@@ -78,6 +79,8 @@ func (p *parser) known(i int) {
 	}
 	value.to = p.pos
 	switch i {
+	case memberMessages:
+		p.req.messages = value
 	case memberModel:
 		p.edit(edit{span: value, model: true})
 	case memberStreamOptions:
@@ -94,7 +97,6 @@ func (p *parser) unbuilt(used bool) {
 
 func (p *parser) messages() {
 	isList := p.peek() == '['
-	p.req.messagesAt = p.pos + 1
 	p.noMessages = p.list((*parser).message) == 0 && isList
 }
 
@@ -285,7 +287,8 @@ func (p *parser) tools() {
 			p.require(toolFields, 2, given)
 		}
 	})
-	p.req.prompt.add(span{from, p.pos})
+	p.req.tools = span{from, p.pos}
+	p.req.prompt.add(p.req.tools)
 }
 
 func (p *parser) function() {

@@ -131,7 +131,7 @@ func (c *comparison) prepare(judge string) *apiError {
 }
 
 func (c *comparison) mayUse(model string) *apiError {
-	_, refusal := c.x.find(model)
+	_, refusal := c.x.model(model)
 	if refusal != nil {
 		refusal.param = "comparison_model"
 	}

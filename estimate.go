@@ -1,6 +1,7 @@
 package mesh
 
 import (
+	"bytes"
 	"sync"
 	"sync/atomic"
 
@@ -99,9 +100,22 @@ func estimateTokens(sample []byte, length int) int64 {
 	}
 	n := len(sample) / bytesPerToken
 	if codec := vocabulary(); codec != nil {
-		if count, err := codec.Count(string(unescape(sample))); err == nil {
+		if count, err := codec.Count(string(unescape(wholeEscapes(sample)))); err == nil {
 			n = count
 		}
 	}
 	return max(1, int64(float64(n)*float64(length)/float64(len(sample))+0.5))
+}
+
+// wholeEscapes leaves out the escape sequence that a sample ends in the middle of: what has half of one in it cannot be
+// unescaped, and has many more tokens as it stands.
+func wholeEscapes(sample []byte) []byte {
+	const longest = 6 // \u and four digits
+	for at := max(0, len(sample)-longest); at < len(sample); at++ {
+		before := len(sample[:at]) - len(bytes.TrimRight(sample[:at], `\`))
+		if sample[at] == '\\' && before%2 == 0 && escapeLen(sample[at:]) == 0 {
+			return sample[:at]
+		}
+	}
+	return sample
 }

@@ -30,6 +30,9 @@ var (
 	chatEndpoint      = endpoint{post: (*exchange).chat}
 	compareEndpoint   = endpoint{post: (*exchange).compare}
 	modelsEndpoint    = endpoint{get: (*exchange).listModels}
+	freeEndpoint      = endpoint{get: (*exchange).listFreeModels}
+	paidEndpoint      = endpoint{get: (*exchange).listPaidModels}
+	searchEndpoint    = endpoint{get: (*exchange).searchModels}
 	modelEndpoint     = endpoint{get: (*exchange).getModel}
 	usageEndpoint     = endpoint{post: (*exchange).reportUsage}
 	eventsEndpoint    = endpoint{post: (*exchange).listEvents}
@@ -48,6 +51,12 @@ func findEndpoint(path string) *endpoint {
 		return &compareEndpoint
 	case path == modelsPath:
 		return &modelsEndpoint
+	case path == modelsPath+"/free":
+		return &freeEndpoint
+	case path == modelsPath+"/paid":
+		return &paidEndpoint
+	case path == modelsPath+"/search":
+		return &searchEndpoint
 	case strings.HasPrefix(path, modelsPath+"/"):
 		return &modelEndpoint
 	case strings.HasPrefix(path, usagePath):

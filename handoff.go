@@ -143,7 +143,7 @@ func (a *answer) from(ctx context.Context) (err error) {
 	})
 	out := a.by.upstream.outbound(ctx, a.x.r)
 	a.x.trace.propagate(ctx, out.Header)
-	parts, size := a.req.segments(a.by.as)
+	parts, size := a.req.segmentsFor(a.by)
 	out.ContentLength = size
 	out.Header.Set("Content-Length", strconv.FormatInt(size, 10))
 	out.Body = &segmentReader{parts: parts}
@@ -154,7 +154,7 @@ func (a *answer) from(ctx context.Context) (err error) {
 // body is the request's body once more, for net/http to send on a new connection where the upstream had closed a
 // kept-alive one. It does not hold on to the bytes.
 func (a *answer) body() (io.ReadCloser, error) {
-	parts, _ := a.req.segments(a.by.as)
+	parts, _ := a.req.segmentsFor(a.by)
 	return &segmentReader{parts: parts}, nil
 }
 

@@ -73,6 +73,11 @@ type Handler struct {
 	// configuration is loaded.
 	TemplateFiles []string `json:"template_files,omitempty"`
 
+	// Files that say what models cost, how long their context is and what they can do, in the format of LiteLLM's
+	// `model_prices_and_context_window.json`. What a model here says of itself goes before them. They are read when a
+	// configuration is loaded; a relative path starts at the folder that Caddy runs in.
+	Prices []string `json:"prices,omitempty"`
+
 	// The model of a request that names none and whose key has no default either. Default: `openai/gpt-4o`.
 	DefaultModel string `json:"default_model,omitempty"`
 
@@ -142,6 +147,13 @@ func (h *Handler) Provision(ctx caddy.Context) error {
 	}
 	var err error
 	h.models = newModelTable(h.Models, upstreams)
+	if len(h.Prices) > 0 {
+		book, err := readPrices(h.Prices, h.logger)
+		if err != nil {
+			return err
+		}
+		h.models.addPrices(book)
+	}
 	if h.templates, err = h.configuredTemplates(); err != nil {
 		return err
 	}
@@ -189,7 +201,7 @@ func (h *Handler) start() error {
 func (h *Handler) warnOfUnpriced() {
 	for i, k := range h.Keys {
 		for _, m := range h.Models {
-			if k.SpendCap > 0 && m.Price == nil && k.mayReach(m.Name) {
+			if k.SpendCap > 0 && h.models.unpriced(m) && k.mayReach(m.Name) {
 				h.logger.Warn("a key with a spend cap can use a model without a price, which costs it nothing",
 					zap.String("key", nameOr(k.Name, i)), zap.String("model", m.Name))
 			}

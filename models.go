@@ -18,11 +18,18 @@ type Model struct {
 	// The upstreams that serve it, in order of preference.
 	Targets []*Target `json:"upstreams,omitempty"`
 
-	// What its tokens cost. Without a price, its requests are free and their answers carry no cost.
+	// What its requests cost. Default: what the files of prices say; without a price, its requests are free and their
+	// answers carry no cost.
 	Price *Price `json:"price,omitempty"`
 
-	// How many tokens prompt and answer may have together. Default: not known.
+	// How many tokens prompt and answer may have together. Default: what the files of prices say, or not known.
 	ContextLength int64 `json:"context_length,omitempty"`
+
+	// What is done to requests that do not say `transforms` themselves: `middle-out` takes messages out of the middle of a
+	// conversation that is longer than context_length. Default: nothing.
+	Transforms []string `json:"transforms,omitempty"`
+
+	About
 }
 
 // Target is one upstream of a model.
@@ -34,7 +41,7 @@ type Target struct {
 	As string `json:"as,omitempty"`
 }
 
-// Price is what tokens cost, in USD per million, as decimal strings.
+// Price is what requests cost, in USD, as decimal strings. Tokens have a price per million.
 type Price struct {
 	// Tokens of the prompt.
 	Input Money `json:"input"`
@@ -44,7 +51,14 @@ type Price struct {
 
 	// Tokens of the prompt that the upstream had cached. Default: as input.
 	Cached *Money `json:"cached,omitempty"`
+
+	// Each request, whatever its tokens. Like a prompt's tokens, it is charged once an upstream has the request and
+	// may charge for it. Default: nothing.
+	Request Money `json:"request,omitempty"`
 }
+
+// free reports whether requests cost nothing at a price that is given.
+func (p *Price) free() bool { return p != nil && p.Input == 0 && p.Output == 0 && p.Request == 0 }
 
 func (m *Model) check(upstreams map[string]bool) error {
 	if err := checkPattern(m.Name); err != nil {
@@ -56,8 +70,14 @@ func (m *Model) check(upstreams map[string]bool) error {
 	if m.ContextLength < 0 {
 		return fmt.Errorf("context_length: %d is negative", m.ContextLength)
 	}
-	if p := m.Price; p != nil && (p.Input < 0 || p.Output < 0 || p.Cached != nil && *p.Cached < 0) {
+	if p := m.Price; p != nil && (p.Input < 0 || p.Output < 0 || p.Request < 0 || p.Cached != nil && *p.Cached < 0) {
 		return errors.New("price: an amount is negative")
+	}
+	if err := checkWords("transforms", m.Transforms, []string{middleOut}); err != nil {
+		return err
+	}
+	if err := m.About.check(); err != nil {
+		return err
 	}
 	seen := make(map[Target]bool, len(m.Targets))
 	for _, t := range m.Targets {
@@ -122,6 +142,8 @@ type modelEntry struct {
 	*Model
 	upstreams []*Upstream // one for each target
 	series    []targetSeries
+	book      *priceBook   // of a pattern; nil where there is none
+	known     *listedModel // of a name, what the book says of it
 }
 
 func newModelTable(models []*Model, upstreams map[string]*Upstream) modelTable {
@@ -143,6 +165,16 @@ func newModelTable(models []*Model, upstreams map[string]*Upstream) modelTable {
 	return t
 }
 
+// addPrices gives the models what a book says of them.
+func (t modelTable) addPrices(b *priceBook) {
+	for _, m := range t.names {
+		m.known = b.find(m.Name, m.Targets, m.upstreams)
+	}
+	for _, m := range t.patterns {
+		m.book = b
+	}
+}
+
 // find returns the model that serves a name, or nil.
 func (t modelTable) find(name string) *modelEntry {
 	if checkName(name) != nil {
@@ -161,19 +193,50 @@ func (t modelTable) find(name string) *modelEntry {
 
 // candidate is one way to serve a request.
 type candidate struct {
-	model    string // as clients call it
-	price    *Price
-	upstream *Upstream
-	as       string // what the upstream calls the model
-	context  int64  // how many tokens prompt and answer may have together; 0: not known
-	series   *targetSeries
+	model     string // as clients call it
+	price     *Price
+	upstream  *Upstream
+	as        string // what the upstream calls the model
+	middleOut bool   // messages are left out of what does not fit
+	context   int64  // how many tokens prompt and answer may have together; 0: not known
+	series    *targetSeries
+}
+
+// unpriced reports whether a model has no price, or, of a pattern, whether it may cover a name that has none.
+func (t modelTable) unpriced(m *Model) bool {
+	if e := t.exact[m.Name]; e != nil {
+		price, _ := e.terms(m.Name)
+		return price == nil
+	}
+	return m.Price == nil
+}
+
+// listed returns what the price book says of the model under a name, or nil.
+func (m *modelEntry) listed(name string) *listedModel {
+	if m.book == nil {
+		return m.known
+	}
+	return m.book.find(name, m.Targets, m.upstreams)
+}
+
+// terms returns the price and the context length of the model under a name: its own, or else those of the price book.
+func (m *modelEntry) terms(name string) (price *Price, context int64) {
+	price, context = m.Price, m.ContextLength
+	if price != nil && context != 0 {
+		return price, context
+	}
+	if l := m.listed(name); l != nil {
+		return cmp.Or(price, l.price), cmp.Or(context, l.context)
+	}
+	return price, context
 }
 
 // candidates returns the ways to serve a model under a name, in order of preference.
 func (m *modelEntry) candidates(name string) []candidate {
 	list := make([]candidate, len(m.Targets))
+	price, context := m.terms(name)
 	for i, t := range m.Targets {
-		list[i] = candidate{model: name, price: m.Price, upstream: m.upstreams[i], as: t.nameThere(name), context: m.ContextLength, series: &m.series[i]}
+		list[i] = candidate{model: name, price: price, upstream: m.upstreams[i], as: t.nameThere(name), context: context, middleOut: len(m.Transforms) > 0, series: &m.series[i]}
 	}
 	return list
 }
@@ -191,7 +254,7 @@ func (t *Target) nameThere(name string) string {
 // route finds who may serve a chat request.
 func (x *exchange) route(req *chatRequest) ([]candidate, *apiError) {
 	name := cmp.Or(req.model, x.key.DefaultModel, req.templateModel, x.h.DefaultModel)
-	entry, refusal := x.find(name)
+	entry, refusal := x.model(name)
 	if entry != nil {
 		x.event.Model = name
 	}
@@ -201,8 +264,8 @@ func (x *exchange) route(req *chatRequest) ([]candidate, *apiError) {
 	return entry.candidates(name), nil
 }
 
-// find returns the model of a name that the client asks for. One that the key may not use it returns too.
-func (x *exchange) find(name string) (*modelEntry, *apiError) {
+// model returns the model of a name that the client asks for. One that the key may not use it returns too.
+func (x *exchange) model(name string) (*modelEntry, *apiError) {
 	entry := x.h.models.find(name)
 	if entry == nil {
 		return nil, modelNotFound(name)
@@ -217,85 +280,4 @@ func modelNotFound(name string) *apiError {
 	e := errorf(http.StatusNotFound, "model_not_found", "The model %.*q does not exist.", maxModelName, name)
 	e.param = "model"
 	return e
-}
-
-// catalogueEntry is a model as the API lists it.
-type catalogueEntry struct {
-	ID            string            `json:"id"`
-	Object        string            `json:"object"`
-	Created       int64             `json:"created"`
-	OwnedBy       string            `json:"owned_by"`
-	Name          string            `json:"name"`
-	ContextLength int64             `json:"context_length,omitempty"`
-	IsFree        bool              `json:"is_free"`
-	Pricing       *cataloguePricing `json:"pricing,omitempty"`
-}
-
-type cataloguePricing struct {
-	Unit          string `json:"pricing_unit"`
-	PromptPerM    Money  `json:"prompt_usd_per_1m"`
-	OutputPerM    Money  `json:"completion_usd_per_1m"`
-	PromptPerK    string `json:"prompt_usd_per_1k"`
-	OutputPerK    string `json:"completion_usd_per_1k"`
-	CacheReadPerM *Money `json:"cache_read_input_usd_per_1m,omitempty"`
-}
-
-// entry describes the model under the name a client may use.
-func (m *modelEntry) entry(name string) catalogueEntry {
-	owner, short, ok := strings.Cut(name, "/")
-	if !ok {
-		owner, short = "mesh", name
-	}
-	e := catalogueEntry{
-		ID: name, Object: "model", OwnedBy: owner, Name: short,
-		ContextLength: m.ContextLength,
-		IsFree:        m.Price != nil && m.Price.Input == 0 && m.Price.Output == 0,
-	}
-	if p := m.Price; p != nil {
-		e.Pricing = &cataloguePricing{
-			Unit:          "per_1m_tokens",
-			PromptPerM:    p.Input,
-			OutputPerM:    p.Output,
-			PromptPerK:    p.Input.thousandth(),
-			OutputPerK:    p.Output.thousandth(),
-			CacheReadPerM: p.Cached,
-		}
-	}
-	return e
-}
-
-// listModels serves GET /v1/models: the models with an exact name that the key may use.
-func (x *exchange) listModels() *apiError {
-	if refusal := x.authenticate(); refusal != nil {
-		return refusal
-	}
-	list := make([]catalogueEntry, 0, len(x.h.models.names))
-	for _, m := range x.h.models.names {
-		if x.key.allows(m.Name) {
-			list = append(list, m.entry(m.Name))
-		}
-	}
-	if x.meshClient() {
-		return x.answer(list)
-	}
-	return x.answer(struct {
-		Object string           `json:"object"`
-		Data   []catalogueEntry `json:"data"`
-	}{"list", list})
-}
-
-// reservedNames are paths of the Mesh API below /v1/models that name no model.
-var reservedNames = map[string]bool{"free": true, "paid": true, "search": true}
-
-// getModel serves GET /v1/models/{id}. A name that only a pattern covers is there too: a client can use it.
-func (x *exchange) getModel() *apiError {
-	if refusal := x.authenticate(); refusal != nil {
-		return refusal
-	}
-	name := strings.TrimPrefix(x.r.URL.Path, modelsPath+"/")
-	m := x.h.models.find(name)
-	if m == nil || !x.key.allows(name) || reservedNames[name] {
-		return modelNotFound(name)
-	}
-	return x.answer(m.entry(name))
 }

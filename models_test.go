@@ -31,11 +31,12 @@ func TestNameOfAModelAtItsUpstream(t *testing.T) {
 func TestModelsAreListed(t *testing.T) {
 	g := startGateway(t, "127.0.0.1:1", site("\tmodel a/b up {\n\t\tprice 0.15 0.60\n\t\tprice_cached 0.075\n\t\tcontext_length 128000\n\t}\n"+
 		"\tmodel gratis up {\n\t\tprice 0 0\n\t}\n\tkey "+otherKey+" {\n\t\tmodels a/*\n\t}"))
+	const about = `"model_type":"text","input_modalities":["text"],"output_modalities":["text"],"supports_tools":false,"supports_structured_output":false,"supports_thinking":false,"supports_completions_api":true,"supports_responses_api":false}`
 	const ab = `{"id":"a/b","object":"model","created":0,"owned_by":"a","name":"b","context_length":128000,"is_free":false,"pricing":{` +
 		`"pricing_unit":"per_1m_tokens","prompt_usd_per_1m":"0.15","completion_usd_per_1m":"0.6","prompt_usd_per_1k":"0.00015",` +
-		`"completion_usd_per_1k":"0.0006","cache_read_input_usd_per_1m":"0.075"}}`
+		`"completion_usd_per_1k":"0.0006","cache_read_input_usd_per_1m":"0.075"},` + about
 	const free = `{"id":"gratis","object":"model","created":0,"owned_by":"mesh","name":"gratis","is_free":true,"pricing":{"pricing_unit":"per_1m_tokens",` +
-		`"prompt_usd_per_1m":"0","completion_usd_per_1m":"0","prompt_usd_per_1k":"0","completion_usd_per_1k":"0"}}`
+		`"prompt_usd_per_1m":"0","completion_usd_per_1m":"0","prompt_usd_per_1k":"0","completion_usd_per_1k":"0"},` + about
 	for _, tc := range []struct {
 		path, key, sdk string
 		status         int
@@ -47,8 +48,11 @@ func TestModelsAreListed(t *testing.T) {
 		{"/v1/models/a/b", testKey, "", 200, ab},
 		{"/v1/models/a%2Fb", testKey, "", 200, ab},
 		{"/v1/models/gratis", otherKey, "", 404, "model_not_found"},
-		{"/v1/models/test/anything", testKey, "", 200, `{"id":"test/anything","object":"model","created":0,"owned_by":"test","name":"anything","is_free":false}`},
-		{"/v1/models/free", testKey, "", 404, "model_not_found"},
+		{"/v1/models/test/anything", testKey, "", 200, `{"id":"test/anything","object":"model","created":0,"owned_by":"test","name":"anything","is_free":false,` + about},
+		{"/v1/models/free", testKey, "", 200, `{"object":"list","data":[` + free + `]}`},
+		{"/v1/models/free", testKey, "go/1", 200, `[` + free + `]`},
+		{"/v1/models/free", otherKey, "", 200, `{"object":"list","data":[]}`},
+		{"/v1/models/paid", testKey, "", 200, `{"object":"list","data":[` + ab + `]}`},
 		{"/v1/models/", testKey, "", 404, "model_not_found"},
 		{"/v1/models/test/", testKey, "", 404, "model_not_found"},
 		{"/v1/models/test/a%0ab", testKey, "", 404, "model_not_found"},

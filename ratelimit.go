@@ -89,7 +89,7 @@ func (r *chatRequest) maxCost(candidates []candidate) (most Money, bounded bool)
 		for range max(r.choices, 1) {
 			cost.add(answer, c.price.Output)
 		}
-		most = max(most, cost.round())
+		most = max(most, cost.round().plus(c.price.Request))
 	}
 	return most, true
 }

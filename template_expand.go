@@ -30,7 +30,7 @@ func (x *exchange) expand(req *chatRequest) *apiError {
 			return refusal
 		}
 	}
-	req.sortEdits()
+	req.edits = sortEdits(req.edits)
 	return nil
 }
 
@@ -96,7 +96,7 @@ func (r *chatRequest) addTemplate(t *Template, limit int64) *apiError {
 		rendered = append(rendered, ',')
 	}
 	r.prompt.messages += prompt.messages
-	r.insert(span{r.messagesAt, r.messagesAt}, string(rendered))
+	r.insert(span{r.messages.from + 1, r.messages.from + 1}, string(rendered))
 	return nil
 }
 
@@ -124,7 +124,7 @@ func quotedList(names []string) (list string) {
 }
 
 func (r *chatRequest) insert(at span, text string) {
-	r.edits = append(r.edits, edit{span: at, with: text})
+	r.edits = append(r.edits, edit{span: at, with: text, added: true})
 	r.added += len(text)
 }
 

@@ -202,6 +202,28 @@ func TestDefaultsFillWhatARequestLacks(t *testing.T) {
 	}
 }
 
+// TestDefaultsReachAnUpstreamWithoutStreamOptions has the place where members are added be one that is taken out.
+func TestDefaultsReachAnUpstreamWithoutStreamOptions(t *testing.T) {
+	up := startUpstream(t, answers(200, "text/event-stream", wordFrame+finishFrame+doneFrame))
+	g := startGateway(t, up.address(), "mesh {\n\tstore local $DIR/mesh.db\n\tkey "+testKey+" {\n\t\tdefault_params temperature 0.1\n\t}\n"+
+		"\tupstream up http://$UPSTREAM/v1 {\n\t\tno_stream_options\n\t}\n\tmodel test/* up\n\tdefault_model test/plain\n\ttemplate t {\n\t\tsystem Hello\n\t}\n}")
+	for _, tc := range []struct{ sent, want string }{
+		{`{"messages":[],"template":"t","stream":true}`, `{"messages":[{"role":"system","content":"Hello"}],"stream":true,"model":"plain","temperature":0.1}`},
+		{`{"stream":true,"messages":[],"stream_options":{"include_usage":true},"template":"t","timeout":60}`,
+			`{"stream":true,"messages":[{"role":"system","content":"Hello"}],"model":"plain","temperature":0.1}`},
+		{`{"stream":true,"stream_options":{"include_usage":true},"messages":[],"model":"test/m","template":"t","seed":1}`,
+			`{"stream":true,"messages":[{"role":"system","content":"Hello"}],"model":"m","seed":1,"temperature":0.1}`},
+	} {
+		if r := g.post(tc.sent); r.StatusCode != 200 {
+			t.Errorf("%s: %s %s", tc.sent, r.Status, r.body)
+			continue
+		}
+		if got := string(up.last(t).body); got != tc.want {
+			t.Errorf("sent %s\ngot  %s\nwant %s", tc.sent, got, tc.want)
+		}
+	}
+}
+
 func TestEveryMissingVariableIsNamed(t *testing.T) {
 	g := startGateway(t, "127.0.0.1:1", site("\ttemplate t {\n\t\tsystem \"{{a}} {{ b }} {{c}} {{ not a slot }} {{a}}\"\n\t\tmessage user {{d_1}}\n\t}\n"))
 	r := g.post(`{"template":"t","variables":{"b":"","x":"unused"},"messages":[]}`)

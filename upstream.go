@@ -1,6 +1,7 @@
 package mesh
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -20,13 +21,23 @@ type Upstream struct {
 	// The name that models refer to.
 	Name string `json:"name,omitempty"`
 
+	// What the files of prices call the provider, in the names of models that begin with it. Default: the upstream's name.
+	Provider string `json:"provider,omitempty"`
+
 	// What stands before `/chat/completions` in its URLs, such as `/v1`; a query, where it needs one, goes with
 	// every request.
 	BasePath string `json:"base_path,omitempty"`
 
-	// The provider's API key, sent as a bearer token. May be a placeholder, such as `{env.OPENAI_API_KEY}`, which is
+	// The provider's API key. May be a placeholder, such as `{env.OPENAI_API_KEY}`, which is
 	// resolved at start. Default: none is sent.
 	APIKey string `json:"api_key,omitempty"`
+
+	// The header that carries the API key as it is, such as Azure's `api-key`. Default: Authorization, as a bearer token.
+	APIKeyHeader string `json:"api_key_header,omitempty"`
+
+	// Whether it gets no stream_options, because it would refuse them. Where it does not report the usage of a stream on
+	// its own, that is estimated then. Default: false.
+	NoStreamOptions bool `json:"no_stream_options,omitempty"`
 
 	// Headers that go with every request. Values may be placeholders, which are resolved at start.
 	Headers map[string]string `json:"headers,omitempty"`
@@ -47,6 +58,8 @@ type Upstream struct {
 	health    *upstreamHealth
 	healthKey string // while the configuration lives
 }
+
+func (u *Upstream) provider() string { return cmp.Or(u.Provider, u.Name) }
 
 func (u *Upstream) check() error {
 	if u.Name == "" {
@@ -93,7 +106,11 @@ func (u *Upstream) provision(ctx caddy.Context) error {
 		if err != nil {
 			return fmt.Errorf("api_key: %w", err)
 		}
-		header.Set("Authorization", "Bearer "+strings.TrimSpace(key))
+		if key = strings.TrimSpace(key); u.APIKeyHeader != "" {
+			header.Set(u.APIKeyHeader, key)
+		} else {
+			header.Set("Authorization", "Bearer "+key)
+		}
 	}
 	for name, value := range u.Headers {
 		resolved, err := caddy.NewReplacer().ReplaceOrErr(value, true, true)

@@ -12,7 +12,7 @@ type usage struct {
 	completion int64
 }
 
-// cost is what u costs at a price; nothing where there is none.
+// cost is what a request costs that used u; nothing where there is no price.
 func (p *Price) cost(u usage) Money {
 	if p == nil {
 		return 0
@@ -22,7 +22,7 @@ func (p *Price) cost(u usage) Money {
 	c.add(u.prompt-cached, p.Input)
 	c.add(cached, p.cachedInput())
 	c.add(u.completion, p.Output)
-	return c.round()
+	return c.round().plus(p.Request)
 }
 
 func (p *Price) cachedInput() Money {
@@ -52,7 +52,9 @@ func (x *exchange) settle(store Store, req *chatRequest, s *served) {
 	e.PromptTokens, e.CachedTokens, e.CompletionTokens = u.prompt, u.cached, u.completion
 	if s.by != nil {
 		e.Model, e.Upstream = s.by.model, s.by.upstream.Name
-		e.Cost = s.by.price.cost(u)
+		if s.known || s.prompt { // else it has not reached an upstream that may charge for it
+			e.Cost = s.by.price.cost(u)
+		}
 		if s.outcome == OutcomeClientGone && s.by.upstream.OnHangup.Policy == hangupFree {
 			e.Cost = 0
 		}

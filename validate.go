@@ -19,7 +19,8 @@ type parser struct {
 	path   []step // to the value at hand
 	faults []fault
 
-	noMessages bool // the list of messages is there, and empty
+	noMessages      bool // the list of messages is there, and empty
+	noStreamOptions bool // these are not sent upstream
 
 	options struct { // stream_options
 		value   span // nothing where it was not given
