@@ -128,7 +128,7 @@ func TestCommittingTwiceCountsOnce(t *testing.T) {
 	defer d.bolt.Close()
 	g := newGeneration(1, journalFiles{})
 	for i := range 4 {
-		g.events[requestID(i)] = []byte("{}")
+		g.events[requestID(i)] = []byte(`{"key_id":"key"}`)
 	}
 	for range 3 {
 		if err := d.commit(g, 5); err != nil {

@@ -124,7 +124,8 @@ func TestEstimateGivesWayToWhatTheRequestReallyCost(t *testing.T) {
 			t.Errorf("%s is %q, want %q", field, got[field], want)
 		}
 	}
-	if got := s.client.HGetAll(t.Context(), s.key("key", "session:s")).Val(); got["requests"] != "1" || got["cost"] != "30" {
+	hour := " " + hourOfRequest(id) + " "
+	if got := s.client.HGetAll(t.Context(), s.key("key", "session:s")).Val(); got["requests"+hour+"b"] != "1" || got["cost"+hour+"b"] != "30" || got["cost"+hour+"a"] != "0" {
 		t.Errorf("session: %v", got)
 	}
 	for _, period := range []Period{PeriodDay, PeriodMonth, PeriodTotal} {

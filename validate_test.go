@@ -122,7 +122,7 @@ func TestTwinOfAMemberThatTheGatewayAddsIsRefused(t *testing.T) {
 
 func TestAllFaultsAreReportedInOrderOfAppearance(t *testing.T) {
 	const body = `{"temperature":3,"stream":"yes","messages":[{"role":"robot","content":5},{"role":"tool"}],"Top_p":1,"max_tokens":1.5,` +
-		`"template":"t","top_p":-1,"stop":[1],"max_tokens":2}`
+		`"template":7,"top_p":-1,"stop":[1],"max_tokens":2}`
 	expectFaults(t, body,
 		"less_than_equal temperature: Input should be less than or equal to 2",
 		"bool_type stream: "+notBool,
@@ -131,7 +131,7 @@ func TestAllFaultsAreReportedInOrderOfAppearance(t *testing.T) {
 		"missing messages[1].tool_call_id: Field required",
 		"missing messages[1].content: Field required",
 		fmt.Sprintf(fractional, "max_tokens"),
-		fmt.Sprintf(unbuiltMsg, "template"),
+		"string_type template: "+notString,
 		"greater_than_equal top_p: Input should be greater than or equal to 0",
 		"string_type stop[0]: "+notString,
 		fmt.Sprintf(twiceMsg, "max_tokens"),
