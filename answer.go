@@ -36,6 +36,7 @@ type answer struct {
 	req *chatRequest
 	by  *candidate
 
+	place  int         // of by among the candidates
 	header http.Header // this candidate's own
 	status int
 
@@ -146,7 +147,7 @@ func (a *answer) commit() {
 	passHeader(header, a.header)
 	header.Set("X-Mesh-Routing-Model", a.by.model)
 	a.x.tellAttempts()
-	header.Set("X-Mesh-Routing-Fallback", strconv.FormatBool(a.x.event.Attempts > 1))
+	header.Set("X-Mesh-Routing-Fallback", strconv.FormatBool(a.place > 0))
 	if a.x.h.ExposeUpstream {
 		header.Set("X-Mesh-Upstream", a.by.upstream.Name)
 	}

@@ -49,6 +49,7 @@ import (
 //			price          <USD per million tokens of input> <of output>
 //			price_cached   <USD per million cached tokens of input>
 //			context_length <tokens>
+//			fallback       <models...>
 //		}
 //		default_model <name>
 //		template <name> {
@@ -168,6 +169,12 @@ func (p *blockParser) text(to *string) error {
 func (p *blockParser) placed(to *string) error {
 	p.places[to] = *p.Dispenser
 	return p.text(to)
+}
+
+// placedList parses arguments that other parts of the configuration have to agree with.
+func (p *blockParser) placedList(to *[]string) error {
+	p.places[to] = *p.Dispenser
+	return p.list(to)
 }
 
 func (p *blockParser) flag(to *bool) error {
@@ -328,6 +335,7 @@ func (p *blockParser) model(h *Handler) error {
 		"price":          {parse: func() error { return p.price(m) }},
 		"price_cached":   {parse: func() error { return p.priceCached(&cached) }},
 		"context_length": {parse: func() error { return p.number(&m.ContextLength) }},
+		"fallback":       {parse: func() error { return p.placedList(&m.Fallback) }},
 	})
 	if err != nil || cached == nil {
 		return err

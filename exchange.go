@@ -184,7 +184,7 @@ func (x *exchange) prepare(body []byte) (*chatRequest, []candidate, *apiError) {
 func (x *exchange) run(store Store, req *chatRequest, candidates []candidate) *apiError {
 	served := &served{outcome: OutcomeError} // if the hand-off panics: what was admitted is settled, whatever comes
 	defer func() { x.settle(store, req, served) }()
-	served = x.handOff(req, candidates)
+	served = x.handOff(store, req, candidates)
 	return served.refusal
 }
 
@@ -310,6 +310,9 @@ func (e *Event) MarshalLogObject(enc zapcore.ObjectEncoder) error {
 	text("upstream", e.Upstream)
 	text("outcome", string(e.Outcome))
 	text("error", e.Error)
+	if len(e.Tried) > 0 {
+		enc.AddArray("tried", triedList(e.Tried)) //nolint:errcheck // triedList has none
+	}
 	if e.Attempts == 0 {
 		return nil
 	}

@@ -37,7 +37,7 @@ var errOutOfTime = errors.New("the request's time ran out")
 
 // handOff lets the candidates answer, one after another until one does. Once the first byte has gone out there is no
 // second try.
-func (x *exchange) handOff(req *chatRequest, candidates []candidate) *served {
+func (x *exchange) handOff(store Store, req *chatRequest, candidates []candidate) *served {
 	timeout := req.timeout
 	if timeout == 0 {
 		timeout = cmp.Or(x.limit, time.Duration(x.h.Timeout))
@@ -47,10 +47,18 @@ func (x *exchange) handOff(req *chatRequest, candidates []candidate) *served {
 	var failures []*failure
 	for i := range candidates {
 		c := &candidates[i]
+		if f := x.skip(store, c, i); f != nil {
+			x.note(c, f)
+			failures = append(failures, f)
+			continue
+		}
 		x.event.Upstream = c.upstream.Name // an answer's header may be made of it
-		a := x.try(req, c, deadline)
+		a := x.try(req, c, i, deadline)
 		switch {
 		case a.committed:
+			if len(x.event.Tried) > 0 {
+				x.logFallback(c)
+			}
 			return a.ended(a.served())
 		case x.r.Context().Err() != nil || a.clientGone:
 			return a.ended(x.clientLeft(a))
@@ -60,6 +68,7 @@ func (x *exchange) handOff(req *chatRequest, candidates []candidate) *served {
 		f := a.failure()
 		a.failed(f)
 		x.logFailure(c, f)
+		x.note(c, f)
 		failures = append(failures, f)
 		if !f.retriable {
 			break
@@ -67,6 +76,14 @@ func (x *exchange) handOff(req *chatRequest, candidates []candidate) *served {
 	}
 	x.tellAttempts()
 	return &served{outcome: OutcomeError, refusal: tell(failures)}
+}
+
+// skip returns why a candidate is not asked at all; nil where it may be.
+func (x *exchange) skip(store Store, c *candidate, place int) *failure {
+	if place > 0 && x.overCap(store, c) {
+		return overCap()
+	}
+	return nil
 }
 
 // clientLeft ends a request whose client left before the first byte of an answer.
@@ -109,13 +126,14 @@ func (x *exchange) logFailure(c *candidate, f *failure) {
 
 // try lets one candidate answer. A kept-alive connection that the upstream had closed meanwhile is not its fault:
 // then it is asked again.
-func (x *exchange) try(req *chatRequest, c *candidate, deadline time.Time) *answer {
+func (x *exchange) try(req *chatRequest, c *candidate, place int, deadline time.Time) *answer {
 	ctx, cancel := c.upstream.OnHangup.attempt(x.r.Context(), deadline)
 	defer cancel()
 	ctx = x.trace.beginAttempt(ctx, c)
 	x.event.Attempts++
 	for stale := 0; ; stale++ {
 		a := newAnswer(x, req, c)
+		a.place = place
 		a.err = a.from(ctx)
 		a.timedOut = context.Cause(ctx) == errOutOfTime
 		a.finish()

@@ -182,6 +182,7 @@ func (h *Handler) start() error {
 		zap.Int("models", len(h.Models)),
 		zap.Int("upstreams", len(h.Upstreams)))
 	h.warnOfUnpriced()
+	h.warnOfDetached()
 	return nil
 }
 
@@ -266,6 +267,9 @@ func (h *Handler) check() error {
 	table := newModelTable(h.Models, nil)
 	if h.DefaultModel != "" && table.find(h.DefaultModel) == nil {
 		return wrongf(&h.DefaultModel, "default_model: no model matches %s", h.DefaultModel)
+	}
+	if err := h.checkFallbacks(table); err != nil {
+		return err
 	}
 	if err := h.checkTemplates(table); err != nil {
 		return err

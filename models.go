@@ -23,6 +23,10 @@ type Model struct {
 
 	// How many tokens prompt and answer may have together. Default: not known.
 	ContextLength int64 `json:"context_length,omitempty"`
+
+	// Models to ask, in this order, where none of its upstreams answers and none of the models that the request names
+	// itself; after each of them, its own fallbacks. One that the key may not use is left out.
+	Fallback []string `json:"fallback,omitempty"`
 }
 
 // Target is one upstream of a model.
@@ -56,8 +60,8 @@ func (m *Model) check(upstreams map[string]bool) error {
 	if m.ContextLength < 0 {
 		return fmt.Errorf("context_length: %d is negative", m.ContextLength)
 	}
-	if p := m.Price; p != nil && (p.Input < 0 || p.Output < 0 || p.Cached != nil && *p.Cached < 0) {
-		return errors.New("price: an amount is negative")
+	if err := m.Price.check(); err != nil {
+		return fmt.Errorf("price: %w", err)
 	}
 	seen := make(map[Target]bool, len(m.Targets))
 	for _, t := range m.Targets {
@@ -113,8 +117,9 @@ func matches(pattern, name string) bool {
 // modelTable finds the model that serves a name.
 type modelTable struct {
 	exact    map[string]*modelEntry
-	patterns []*modelEntry // the longest first
-	names    []*modelEntry // those with an exact name, in the configuration's order
+	patterns map[string]*modelEntry // by what stands before the *
+	lengths  []int                  // of the keys of patterns, the longest first
+	names    []*modelEntry          // those with an exact name, in the configuration's order
 }
 
 // modelEntry is a model with its targets' upstreams at hand.
@@ -122,24 +127,29 @@ type modelEntry struct {
 	*Model
 	upstreams []*Upstream // one for each target
 	series    []targetSeries
+	fallbacks []fallbackModel
 }
 
 func newModelTable(models []*Model, upstreams map[string]*Upstream) modelTable {
-	t := modelTable{exact: make(map[string]*modelEntry, len(models))}
+	t := modelTable{exact: make(map[string]*modelEntry, len(models)), patterns: make(map[string]*modelEntry)}
 	for _, m := range models {
 		e := &modelEntry{Model: m, series: make([]targetSeries, len(m.Targets))}
 		for i, target := range m.Targets {
 			e.upstreams = append(e.upstreams, upstreams[target.Upstream])
 			e.series[i].model, e.series[i].upstream = m.Name, target.Upstream
 		}
-		if strings.HasSuffix(m.Name, "*") {
-			t.patterns = append(t.patterns, e)
+		if prefix, ok := strings.CutSuffix(m.Name, "*"); ok {
+			t.patterns[prefix] = e
+			t.lengths = append(t.lengths, len(prefix))
 			continue
 		}
 		t.exact[m.Name] = e
 		t.names = append(t.names, e)
 	}
-	slices.SortStableFunc(t.patterns, func(a, b *modelEntry) int { return cmp.Compare(len(b.Name), len(a.Name)) })
+	slices.Sort(t.lengths)
+	t.lengths = slices.Compact(t.lengths)
+	slices.Reverse(t.lengths)
+	t.linkFallbacks()
 	return t
 }
 
@@ -151,8 +161,11 @@ func (t modelTable) find(name string) *modelEntry {
 	if m := t.exact[name]; m != nil {
 		return m
 	}
-	for _, m := range t.patterns {
-		if matches(m.Name, name) {
+	for _, n := range t.lengths {
+		if n > len(name) {
+			continue
+		}
+		if m := t.patterns[name[:n]]; m != nil {
 			return m
 		}
 	}
@@ -198,7 +211,11 @@ func (x *exchange) route(req *chatRequest) ([]candidate, *apiError) {
 	if refusal != nil {
 		return nil, refusal
 	}
-	return entry.candidates(name), nil
+	list := entry.candidates(name)
+	if len(req.fallbacks) == 0 && len(entry.fallbacks) == 0 {
+		return list, nil
+	}
+	return x.withFallbacks(list, req.fallbacks, entry.fallbacks)
 }
 
 // find returns the model of a name that the client asks for. One that the key may not use it returns too.

@@ -38,11 +38,12 @@ type Upstream struct {
 	// `{http.request.header.*}` are those of the client's request, its key included.
 	HandlerRaw json.RawMessage `json:"handle,omitempty" caddy:"namespace=http.handlers inline_key=handler"`
 
-	handler caddyhttp.MiddlewareHandler
-	path    string      // of BasePath
-	query   string      // of BasePath
-	host    string      // of Headers
-	header  http.Header // resolved, the API key with it; nil where the handler's transport has them
+	handler  caddyhttp.MiddlewareHandler
+	path     string      // of BasePath
+	query    string      // of BasePath
+	host     string      // of Headers
+	detached bool        // reverse_proxy would not cancel it when the client leaves
+	header   http.Header // resolved, the API key with it; nil where the handler's transport has them
 
 	health    *upstreamHealth
 	healthKey string // while the configuration lives
@@ -110,6 +111,7 @@ func (u *Upstream) provision(ctx caddy.Context) error {
 	}
 	u.handler = handler.(caddyhttp.MiddlewareHandler)
 	if proxy, ok := handler.(*reverseproxy.Handler); ok {
+		u.detached = proxy.FlushInterval < 0
 		proxy.Transport = &concealingTransport{RoundTripper: proxy.Transport, header: header, host: u.host}
 		return nil
 	}
