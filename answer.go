@@ -36,7 +36,11 @@ type answer struct {
 	req *chatRequest
 	by  *candidate
 
-	place  int         // of by among the candidates
+	attempt
+	asked time.Time      // when the attempt began
+	wait  *firstByteWait // nil where it may take its time
+	hold  *held          // nil where nothing is held back
+
 	header http.Header // this candidate's own
 	status int
 
@@ -45,6 +49,7 @@ type answer struct {
 
 	err        error // what the handler returned
 	timedOut   bool  // the request's time ran out meanwhile
+	gaveUp     bool  // it has not begun in time
 	fault      error // what is wrong with an answer of status 200
 	committed  bool  // the client has received status and header
 	clientGone bool
@@ -71,19 +76,25 @@ func (a *answer) WriteHeader(status int) {
 	}
 	a.status = status
 	if status >= 300 {
+		a.wait.heard()
 		return
 	}
 	isStream := mediaType(a.header) == "text/event-stream"
 	encoding := a.header.Get("Content-Encoding")
+	if !isStream {
+		a.begun()
+	}
 	switch {
 	case isStream && !a.req.stream,
 		encoding != "" && !strings.EqualFold(encoding, "identity"):
 		a.fault = errUnreadable
 	case isStream:
 		a.stream = newStream(a)
-		a.x.opened(a.by)
+		if !a.last || a.wait != nil {
+			a.hold = &held{forContent: !a.last}
+			return
+		}
 		a.commit()
-		a.req.forget()
 	}
 }
 
@@ -110,6 +121,14 @@ func (a *answer) Write(p []byte) (int, error) {
 // FlushError is what http.ResponseController looks for before it unwraps: a flush must not send the status line of
 // an answer that is held back.
 func (a *answer) FlushError() error {
+	if a.hold != nil {
+		a.hold.mu.Lock()
+		defer a.hold.mu.Unlock()
+	}
+	return a.flush()
+}
+
+func (a *answer) flush() error {
 	if !a.unflushed {
 		return nil
 	}
@@ -122,6 +141,18 @@ func (a *answer) Unwrap() http.ResponseWriter { return a.x.w }
 
 // toClient writes to the client. One that has left is no error while the answer is drained.
 func (a *answer) toClient(p []byte) error {
+	if a.hold == nil {
+		return a.send(p)
+	}
+	a.hold.mu.Lock()
+	defer a.hold.mu.Unlock()
+	if !a.committed {
+		return a.hold.keep(a, p)
+	}
+	return a.send(p)
+}
+
+func (a *answer) send(p []byte) error {
 	if a.clientGone {
 		return a.gone(context.Canceled)
 	}
@@ -142,7 +173,15 @@ func (a *answer) gone(err error) error {
 
 // commit makes this candidate's answer the one.
 func (a *answer) commit() {
+	begun := a.x.gate.close()
 	a.committed, a.unflushed = true, true
+	if a.stream != nil {
+		a.x.opened(a.by)
+		a.req.forget()
+	}
+	if begun {
+		return // with pings, and another header
+	}
 	header := a.x.w.Header()
 	passHeader(header, a.header)
 	header.Set("X-Mesh-Routing-Model", a.by.model)
@@ -152,10 +191,7 @@ func (a *answer) commit() {
 		header.Set("X-Mesh-Upstream", a.by.upstream.Name)
 	}
 	if a.stream != nil {
-		if header.Get("Cache-Control") == "" {
-			header.Set("Cache-Control", "no-cache")
-		}
-		header.Set("X-Accel-Buffering", "no") // for an nginx in front
+		streamHeader(header)
 	}
 	a.x.w.WriteHeader(a.status)
 }
@@ -189,6 +225,10 @@ func (a *answer) logEnd() {
 // finish ends the attempt: an answer that was held back until it was whole goes out now, if it is one.
 func (a *answer) finish() {
 	a.sent = a.reached.Load()
+	a.hold.end()
+	if a.stream != nil && !a.committed {
+		return
+	}
 	if a.committed || a.err != nil || a.fault != nil || a.status < 200 || a.status >= 300 {
 		return
 	}
@@ -220,6 +260,14 @@ func (a *answer) finish() {
 	}
 	if !a.result.known {
 		a.FlushError() //nolint:errcheck // the client shall not wait for the estimate; if it is gone, it will not
+	}
+}
+
+// begun notes that the upstream has begun to answer.
+func (a *answer) begun() {
+	a.wait.heard()
+	if a.by.measured {
+		a.by.latency().note(time.Since(a.asked))
 	}
 }
 

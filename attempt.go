@@ -3,8 +3,10 @@ package mesh
 import (
 	"net/http"
 	"sync/atomic"
+	"time"
 
 	"github.com/caddyserver/caddy/v2"
+	"go.uber.org/zap"
 )
 
 // result is how an upstream did when it was asked.
@@ -45,6 +47,14 @@ func (a *answer) ended(s *served) *served {
 	if r != resultClientGone && !(r == resultTimeout && own) { // a client that gives up early says nothing of the upstream
 		a.by.upstream.health.note(r)
 	}
+	sign := signAlive
+	switch {
+	case r == resultClientGone, r == resultTimeout && own:
+		sign = signNone
+	case r == resultTimeout, r == resultCut, r == resultFailed:
+		sign = signFailed
+	}
+	a.tellCircuit(sign)
 	return s
 }
 
@@ -61,6 +71,27 @@ func (a *answer) failed(f *failure) {
 	}
 	a.x.attempted(a, r, f.cause)
 	a.by.upstream.health.note(r)
+	sign := signAlive
+	if !f.credentials && (r == resultFailed || r == resultTimeout) {
+		sign = signFailed
+	}
+	if r == resultBusy {
+		a.by.upstream.circuit(a.by.as).restFor(time.Now(), f.tell.retryAfter)
+	}
+	a.tellCircuit(sign)
+}
+
+// tellCircuit says how the attempt went to those that come after it.
+func (a *answer) tellCircuit(s sign) {
+	u := a.by.upstream
+	if !u.circuit(a.by.as).note(time.Now(), u.rules, s, a.probe) {
+		return
+	}
+	said := "upstream is left alone for a while: it has failed too often"
+	if s == signAlive {
+		said = "upstream answers again"
+	}
+	a.x.h.logger.Warn(said, zap.String("upstream", u.Name), zap.String("model_there", a.by.as))
 }
 
 // attempted counts an attempt. cause, if there is more to say than r, is for the trace.
@@ -80,6 +111,7 @@ type upstreamHealth struct {
 	name     string
 	failures atomic.Int32 // in a row
 	down     atomic.Bool  // so said the last event
+	circuits circuits
 }
 
 // maxUpstreamFailures is how many failures in a row take an upstream down.
@@ -110,7 +142,10 @@ func (h *upstreamHealth) note(r result) {
 }
 
 // Destruct is for the pool.
-func (h *upstreamHealth) Destruct() error { return nil }
+func (h *upstreamHealth) Destruct() error {
+	h.circuits.forget()
+	return nil
+}
 
 // shareHealth is for provisioning, before Caddy takes the handler's JSON away.
 func (u *Upstream) shareHealth() {

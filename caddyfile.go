@@ -36,6 +36,14 @@ import (
 //			api_key   <key>
 //			header    <name> <value>
 //			base_path <path>
+//			circuit off
+//			circuit {
+//				failures     <number in a row>
+//				error_rate   <share, 0 to 1>
+//				min_requests <number>
+//				window       <duration>
+//				rest         <duration>
+//			}
 //			on_hangup cancel|free|drain [<timeout> [<at once>]]
 //			reverse_proxy {
 //				<any option of reverse_proxy>
@@ -45,11 +53,13 @@ import (
 //			}
 //		}
 //		model <name or pattern> [<upstreams...>] {
-//			upstream       <name> [as <its name for the model>]
+//			upstream       <name> [as <its name for the model>] [weight <number>] [price <input> <output>]
 //			price          <USD per million tokens of input> <of output>
 //			price_cached   <USD per million cached tokens of input>
 //			context_length <tokens>
 //			fallback       <models...>
+//			policy         first|weighted|least_latency|cheapest
+//			first_byte_timeout <duration>
 //		}
 //		default_model <name>
 //		template <name> {
@@ -69,6 +79,7 @@ import (
 //		}
 //		max_body_size <size>
 //		timeout       <duration>
+//		first_byte_timeout <duration>
 //		expose_upstream
 //		metrics {
 //			per_key
@@ -88,19 +99,20 @@ func parseCaddyfile(helper httpcaddyfile.Helper) (caddyhttp.MiddlewareHandler, e
 	}
 	p.places[nil] = *p.Dispenser
 	err := p.block(words{
-		"store":           {parse: func() error { return p.store(h) }},
-		"key":             {parse: func() error { return p.key(h) }, many: true},
-		"upstream":        {parse: func() error { return p.upstream(h) }, many: true},
-		"model":           {parse: func() error { return p.model(h) }, many: true},
-		"default_model":   {parse: func() error { return p.placed(&h.DefaultModel) }},
-		"max_body_size":   {parse: func() error { return p.size(&h.MaxBodySize) }},
-		"timeout":         {parse: func() error { return p.duration(&h.Timeout) }},
-		"expose_upstream": {parse: func() error { return p.flag(&h.ExposeUpstream) }},
-		"template":        {parse: func() error { return p.template(h) }, many: true},
-		"templates":       {parse: func() error { return p.templateFiles(h) }, many: true},
-		"compare":         {parse: func() error { return p.compare(h) }},
-		"metrics":         {parse: func() error { return p.metrics(h) }},
-		"tracing":         {parse: func() error { return p.tracing(h) }},
+		"store":              {parse: func() error { return p.store(h) }},
+		"key":                {parse: func() error { return p.key(h) }, many: true},
+		"upstream":           {parse: func() error { return p.upstream(h) }, many: true},
+		"model":              {parse: func() error { return p.model(h) }, many: true},
+		"default_model":      {parse: func() error { return p.placed(&h.DefaultModel) }},
+		"max_body_size":      {parse: func() error { return p.size(&h.MaxBodySize) }},
+		"timeout":            {parse: func() error { return p.duration(&h.Timeout) }},
+		"first_byte_timeout": {parse: func() error { return p.duration(&h.FirstByteTimeout) }},
+		"expose_upstream":    {parse: func() error { return p.flag(&h.ExposeUpstream) }},
+		"template":           {parse: func() error { return p.template(h) }, many: true},
+		"templates":          {parse: func() error { return p.templateFiles(h) }, many: true},
+		"compare":            {parse: func() error { return p.compare(h) }},
+		"metrics":            {parse: func() error { return p.metrics(h) }},
+		"tracing":            {parse: func() error { return p.tracing(h) }},
 	})
 	if err != nil {
 		return nil, err
@@ -331,11 +343,13 @@ func (p *blockParser) model(h *Handler) error {
 	h.Models = append(h.Models, m)
 	var cached *Money
 	err := p.block(words{
-		"upstream":       {parse: func() error { return p.modelUpstream(m) }, many: true},
-		"price":          {parse: func() error { return p.price(m) }},
-		"price_cached":   {parse: func() error { return p.priceCached(&cached) }},
-		"context_length": {parse: func() error { return p.number(&m.ContextLength) }},
-		"fallback":       {parse: func() error { return p.placedList(&m.Fallback) }},
+		"upstream":           {parse: func() error { return p.modelUpstream(m) }, many: true},
+		"price":              {parse: func() error { return p.price(m) }},
+		"price_cached":       {parse: func() error { return p.priceCached(&cached) }},
+		"context_length":     {parse: func() error { return p.number(&m.ContextLength) }},
+		"policy":             {parse: func() error { return p.text(&m.Policy) }},
+		"first_byte_timeout": {parse: func() error { return p.duration(&m.FirstByteTimeout) }},
+		"fallback":           {parse: func() error { return p.placedList(&m.Fallback) }},
 	})
 	if err != nil || cached == nil {
 		return err
@@ -350,19 +364,6 @@ func (p *blockParser) model(h *Handler) error {
 func (p *blockParser) target(m *Model, t *Target) {
 	p.places[t] = *p.Dispenser
 	m.Targets = append(m.Targets, t)
-}
-
-func (p *blockParser) modelUpstream(m *Model) error {
-	args := p.RemainingArgs()
-	switch {
-	case len(args) == 1:
-		p.target(m, &Target{Upstream: args[0]})
-	case len(args) == 3 && args[1] == "as":
-		p.target(m, &Target{Upstream: args[0], As: args[2]})
-	default:
-		return p.ArgErr()
-	}
-	return nil
 }
 
 func (p *blockParser) price(m *Model) (err error) {

@@ -33,6 +33,7 @@ func (p *blockParser) upstream(h *Handler) error {
 	err = p.block(words{
 		"api_key":       {parse: func() error { return p.text(&u.APIKey) }},
 		"header":        {parse: func() error { return p.header(u) }, many: true},
+		"circuit":       {parse: func() error { return p.circuit(u) }},
 		"on_hangup":     {parse: func() error { return p.onHangup(u) }},
 		"base_path":     {parse: func() error { return p.text(&u.BasePath) }},
 		"reverse_proxy": {parse: func() error { proxy = p.NextSegment(); return nil }},

@@ -152,9 +152,7 @@ func TestEveryMemberNamesWhatIsWrongWithIt(t *testing.T) {
 		{"cache", `0`, "bool_type %s: " + notBool},
 
 		{"template", `5`, "string_type %s: " + notString},
-		{"template", `"support"`, unbuiltMsg},
 		{"variables", `[]`, "dict_type %s: " + notDict},
-		{"variables", `{"a":"b"}`, unbuiltMsg},
 		{"models", `"a/b"`, "list_type %s: " + notList},
 		{"transforms", `"middle-out"`, "list_type %s: " + notList},
 		{"transforms", `["middle-out"]`, unbuiltMsg},

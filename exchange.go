@@ -102,6 +102,8 @@ type exchange struct {
 	series  *targetSeries    // the metrics of the last upstream that was asked
 	streams prometheus.Gauge // counts the stream as open, once it is
 	trace   *requestTrace
+	gate    *gate // of a stream: keeps its client company until it begins
+	silent  bool  // it has no client that waits
 }
 
 func (h *Handler) newExchange(w http.ResponseWriter, r *http.Request) *exchange {

@@ -22,6 +22,8 @@ type failure struct {
 	err       error     // what the handler returned
 	reason    string    // for the ledger, where the rest does not say it
 	skipped   bool      // it was not asked
+
+	credentials bool // it is the gateway's own that were refused
 }
 
 var errCut = &apiError{
@@ -47,6 +49,9 @@ func busyFor(wait time.Duration) *apiError {
 
 // failure says why the attempt came to nothing.
 func (a *answer) failure() *failure {
+	if a.gaveUp {
+		return &failure{retriable: true, tell: errTimeout, cause: errNoFirstByte, reason: "timeout"}
+	}
 	if a.status >= 300 {
 		return a.refused()
 	}
@@ -60,8 +65,11 @@ func (a *answer) failure() *failure {
 			f.cause = answered(a.status, providerError(a.whole.Bytes()))
 			f.retriable = f.tell.status >= 500
 		}
-	case errors.Is(a.err, errBrokenOff):
-		f.tell = errCut
+	case a.stream != nil && a.stream.failed:
+		f.tell, f.cause, f.reason = a.stream.fault, a.stream.fault, "stream_error"
+		f.retriable = f.tell.status >= 500
+	case a.stream != nil, errors.Is(a.err, errBrokenOff):
+		f.tell, f.reason = errCut, "cut"
 	default:
 		f.tell = unreachable(a.err)
 		if handlerErr, ok := errors.AsType[caddyhttp.HandlerError](a.err); ok {
@@ -96,6 +104,7 @@ func (a *answer) refused() *failure {
 	switch {
 	case a.status == http.StatusUnauthorized, a.status == http.StatusPaymentRequired, a.status == http.StatusForbidden,
 		a.status == http.StatusBadRequest && provider.isAboutAccount():
+		f.credentials = true
 		f.cause = fmt.Errorf("upstream answered %d: it refused the gateway's credentials", a.status)
 		f.tell = errorf(http.StatusBadGateway, "upstream_error", "The upstream refused the gateway's credentials.")
 	case a.status == http.StatusTooManyRequests:

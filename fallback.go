@@ -87,24 +87,26 @@ func (t modelTable) cycle(m *Model, path []string) []string {
 }
 
 // withFallbacks adds the candidates of the models that the client names, and of those that are configured, each once.
-func (x *exchange) withFallbacks(list []candidate, named []string, configured []fallbackModel) ([]candidate, *apiError) {
-	for _, name := range named {
+func (x *exchange) withFallbacks(req *chatRequest, list []candidate, configured []fallbackModel) ([]candidate, *apiError) {
+	for _, name := range req.fallbacks {
 		entry, refusal := x.find(name)
 		if refusal != nil {
 			refusal.param = "models"
 			return nil, refusal
 		}
-		list = addCandidates(list, entry.candidates(name))
+		list = x.addCandidates(req, list, entry, name)
 	}
 	for _, f := range configured {
 		if x.key.allows(f.name) {
-			list = addCandidates(list, f.entry.candidates(f.name))
+			list = x.addCandidates(req, list, f.entry, f.name)
 		}
 	}
 	return list, nil
 }
 
-func addCandidates(list, more []candidate) []candidate {
+func (x *exchange) addCandidates(req *chatRequest, list []candidate, entry *modelEntry, name string) []candidate {
+	more := entry.candidates(name)
+	x.order(entry.Policy, req, more)
 	for _, c := range more {
 		known := slices.ContainsFunc(list, func(k candidate) bool {
 			return k.model == c.model && k.upstream == c.upstream && k.as == c.as

@@ -38,6 +38,16 @@ var errOutOfTime = errors.New("the request's time ran out")
 // handOff lets the candidates answer, one after another until one does. Once the first byte has gone out there is no
 // second try.
 func (x *exchange) handOff(store Store, req *chatRequest, candidates []candidate) *served {
+	if req.stream {
+		x.gate = x.openGate()
+		defer x.gate.close()
+	}
+	s := x.askInTurn(store, req, candidates)
+	x.tellInStream(s)
+	return s
+}
+
+func (x *exchange) askInTurn(store Store, req *chatRequest, candidates []candidate) *served {
 	timeout := req.timeout
 	if timeout == 0 {
 		timeout = cmp.Or(x.limit, time.Duration(x.h.Timeout))
@@ -47,13 +57,17 @@ func (x *exchange) handOff(store Store, req *chatRequest, candidates []candidate
 	var failures []*failure
 	for i := range candidates {
 		c := &candidates[i]
-		if f := x.skip(store, c, i); f != nil {
+		probe, f := x.turn(store, c, i)
+		if f != nil {
 			x.note(c, f)
 			failures = append(failures, f)
 			continue
 		}
+		x.gate.lock()
 		x.event.Upstream = c.upstream.Name // an answer's header may be made of it
-		a := x.try(req, c, i, deadline)
+		x.event.Attempts++
+		x.gate.unlock()
+		a := x.try(req, c, attempt{place: i, probe: probe, last: !req.stream || !anyOpen(candidates[i+1:])}, deadline)
 		switch {
 		case a.committed:
 			if len(x.event.Tried) > 0 {
@@ -65,7 +79,7 @@ func (x *exchange) handOff(store Store, req *chatRequest, candidates []candidate
 		case a.timedOut:
 			return a.ended(x.outOfTime(a, req.timeout != 0))
 		}
-		f := a.failure()
+		f = a.failure()
 		a.failed(f)
 		x.logFailure(c, f)
 		x.note(c, f)
@@ -74,22 +88,52 @@ func (x *exchange) handOff(store Store, req *chatRequest, candidates []candidate
 			break
 		}
 	}
+	if x.event.Attempts == 0 {
+		x.series = candidates[0].series // for the metrics: it counts as a request of the first
+		if x.series != nil {
+			x.series.resolve()
+		}
+	}
 	x.tellAttempts()
 	return &served{outcome: OutcomeError, refusal: tell(failures)}
 }
 
-// skip returns why a candidate is not asked at all; nil where it may be.
-func (x *exchange) skip(store Store, c *candidate, place int) *failure {
-	if place > 0 && x.overCap(store, c) {
-		return overCap()
+// attempt is what is special about asking one candidate.
+type attempt struct {
+	place int  // of it, among the candidates
+	probe bool // it finds out whether the upstream is back
+	last  bool // nobody else could be asked
+}
+
+// turn reports whether it is a candidate's turn, and whether asking it is a probe. If it may not be asked, it says why.
+func (x *exchange) turn(store Store, c *candidate, place int) (probe bool, f *failure) {
+	circuit, rules, now := c.upstream.circuit(c.as), c.upstream.rules, time.Now()
+	if f := circuit.mayAsk(now, rules); f != nil {
+		return false, f
 	}
-	return nil
+	if place > 0 && x.overCap(store, c) {
+		return false, overCap()
+	}
+	return circuit.take(now, rules)
+}
+
+// anyOpen reports whether one of the candidates could be asked.
+func anyOpen(candidates []candidate) bool {
+	for i := range candidates {
+		c := &candidates[i]
+		if c.upstream.circuit(c.as).mayAsk(time.Now(), c.upstream.rules) == nil {
+			return true
+		}
+	}
+	return false
 }
 
 // clientLeft ends a request whose client left before the first byte of an answer.
 func (x *exchange) clientLeft(a *answer) *served {
 	const clientClosedRequest = 499 // nginx's, and reverse_proxy's, number for the access log
-	x.w.WriteHeader(clientClosedRequest)
+	if !x.gate.close() {
+		x.w.WriteHeader(clientClosedRequest)
+	}
 	failed := a.status >= 300 && a.status != clientClosedRequest
 	return &served{by: a.by, outcome: OutcomeClientGone, status: clientClosedRequest, prompt: a.sent && !failed}
 }
@@ -107,6 +151,7 @@ func (x *exchange) outOfTime(a *answer, own bool) *served {
 }
 
 func (x *exchange) tellAttempts() {
+	x.gate.close() // its header is not shared any more
 	x.w.Header().Set("X-Mesh-Routing-Attempts", strconv.Itoa(x.event.Attempts))
 }
 
@@ -126,16 +171,24 @@ func (x *exchange) logFailure(c *candidate, f *failure) {
 
 // try lets one candidate answer. A kept-alive connection that the upstream had closed meanwhile is not its fault:
 // then it is asked again.
-func (x *exchange) try(req *chatRequest, c *candidate, place int, deadline time.Time) *answer {
+func (x *exchange) try(req *chatRequest, c *candidate, this attempt, deadline time.Time) *answer {
 	ctx, cancel := c.upstream.OnHangup.attempt(x.r.Context(), deadline)
 	defer cancel()
+	var wait *firstByteWait
+	if limit := cmp.Or(c.firstByte, time.Duration(x.h.FirstByteTimeout)); limit > 0 {
+		var giveUp context.CancelCauseFunc
+		ctx, giveUp, wait = waitFor(ctx, limit)
+		defer giveUp(nil)
+		defer wait.heard() // ends the timer
+	}
 	ctx = x.trace.beginAttempt(ctx, c)
-	x.event.Attempts++
+	began := time.Now()
 	for stale := 0; ; stale++ {
 		a := newAnswer(x, req, c)
-		a.place = place
+		a.attempt, a.wait, a.asked = this, wait, began
 		a.err = a.from(ctx)
-		a.timedOut = context.Cause(ctx) == errOutOfTime
+		cause := context.Cause(ctx)
+		a.timedOut, a.gaveUp = cause == errOutOfTime, cause == errNoFirstByte
 		a.finish()
 		if stale == maxStale || ctx.Err() != nil || !a.wasStale() {
 			return a

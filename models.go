@@ -7,6 +7,9 @@ import (
 	"net/http"
 	"slices"
 	"strings"
+	"time"
+
+	"github.com/caddyserver/caddy/v2"
 )
 
 // Model is a name that clients may ask for, or a pattern of names, and who serves it.
@@ -27,6 +30,13 @@ type Model struct {
 	// Models to ask, in this order, where none of its upstreams answers and none of the models that the request names
 	// itself; after each of them, its own fallbacks. One that the key may not use is left out.
 	Fallback []string `json:"fallback,omitempty"`
+
+	// In which order its upstreams are asked: `first`, as they are written; `weighted`, by chance; `least_latency`, by how
+	// soon their answers have begun lately; `cheapest`, by what the request would cost there. Default: `first`.
+	Policy string `json:"policy,omitempty"`
+
+	// How soon the answer of each upstream has to begin. Default: the handler's.
+	FirstByteTimeout caddy.Duration `json:"first_byte_timeout,omitempty"`
 }
 
 // Target is one upstream of a model.
@@ -36,6 +46,12 @@ type Target struct {
 
 	// What the model is called there. Default: its name without the first part, so that `openai/gpt-4o` is `gpt-4o`.
 	As string `json:"as,omitempty"`
+
+	// How often it is the first to be asked, compared with the others, under the policy `weighted`. Default: 1.
+	Weight int64 `json:"weight,omitempty"`
+
+	// What tokens cost there. Default: the model's price.
+	Price *Price `json:"price,omitempty"`
 }
 
 // Price is what tokens cost, in USD per million, as decimal strings.
@@ -63,7 +79,14 @@ func (m *Model) check(upstreams map[string]bool) error {
 	if err := m.Price.check(); err != nil {
 		return fmt.Errorf("price: %w", err)
 	}
-	seen := make(map[Target]bool, len(m.Targets))
+	if err := checkPolicy(m.Policy); err != nil {
+		return err
+	}
+	if m.FirstByteTimeout < 0 {
+		return fmt.Errorf("first_byte_timeout: %s is negative", time.Duration(m.FirstByteTimeout))
+	}
+	type place struct{ upstream, as string }
+	seen := make(map[place]bool, len(m.Targets))
 	for _, t := range m.Targets {
 		if t == nil {
 			return errNull
@@ -71,10 +94,16 @@ func (m *Model) check(upstreams map[string]bool) error {
 		if !upstreams[t.Upstream] {
 			return wrongf(t, "there is no upstream %q", t.Upstream)
 		}
-		if seen[*t] {
+		if seen[place{t.Upstream, t.As}] {
 			return wrongf(t, "upstream %s is given twice", t.Upstream)
 		}
-		seen[*t] = true
+		if err := t.Price.check(); err != nil {
+			return wrongf(t, "upstream %s: price: %w", t.Upstream, err)
+		}
+		if t.Weight < 0 || t.Weight > maxWeight {
+			return wrongf(t, "upstream %s: weight: %d is not between 1 and %d", t.Upstream, t.Weight, maxWeight)
+		}
+		seen[place{t.Upstream, t.As}] = true
 	}
 	return nil
 }
@@ -180,13 +209,24 @@ type candidate struct {
 	as       string // what the upstream calls the model
 	context  int64  // how many tokens prompt and answer may have together; 0: not known
 	series   *targetSeries
+
+	weight    int64
+	firstByte time.Duration // 0: the handler's
+	measured  bool          // its latency decides on the order
 }
+
+// maxWeight keeps sums of weights from overflowing.
+const maxWeight = 1_000_000
 
 // candidates returns the ways to serve a model under a name, in order of preference.
 func (m *modelEntry) candidates(name string) []candidate {
 	list := make([]candidate, len(m.Targets))
 	for i, t := range m.Targets {
-		list[i] = candidate{model: name, price: m.Price, upstream: m.upstreams[i], as: t.nameThere(name), context: m.ContextLength, series: &m.series[i]}
+		list[i] = candidate{
+			model: name, price: cmp.Or(t.Price, m.Price), upstream: m.upstreams[i], as: t.nameThere(name),
+			context: m.ContextLength, series: &m.series[i], weight: max(t.Weight, 1),
+			firstByte: time.Duration(m.FirstByteTimeout), measured: m.Policy == policyLeastLatency,
+		}
 	}
 	return list
 }
@@ -212,10 +252,11 @@ func (x *exchange) route(req *chatRequest) ([]candidate, *apiError) {
 		return nil, refusal
 	}
 	list := entry.candidates(name)
+	x.order(entry.Policy, req, list)
 	if len(req.fallbacks) == 0 && len(entry.fallbacks) == 0 {
 		return list, nil
 	}
-	return x.withFallbacks(list, req.fallbacks, entry.fallbacks)
+	return x.withFallbacks(req, list, entry.fallbacks)
 }
 
 // find returns the model of a name that the client asks for. One that the key may not use it returns too.

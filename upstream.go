@@ -34,6 +34,9 @@ type Upstream struct {
 	// What becomes of a request whose client leaves before its end.
 	OnHangup *Hangup `json:"on_hangup,omitempty"`
 
+	// When it is left alone for a while because it fails.
+	Circuit *Circuit `json:"circuit,omitempty"`
+
 	// The handler that carries the request; normally `reverse_proxy`. Headers that it sets from
 	// `{http.request.header.*}` are those of the client's request, its key included.
 	HandlerRaw json.RawMessage `json:"handle,omitempty" caddy:"namespace=http.handlers inline_key=handler"`
@@ -45,6 +48,7 @@ type Upstream struct {
 	detached bool        // reverse_proxy would not cancel it when the client leaves
 	header   http.Header // resolved, the API key with it; nil where the handler's transport has them
 
+	rules     *Circuit // of Circuit, with its defaults
 	health    *upstreamHealth
 	healthKey string // while the configuration lives
 }
@@ -60,6 +64,9 @@ func (u *Upstream) check() error {
 		if err := u.OnHangup.check(); err != nil {
 			return err
 		}
+	}
+	if err := u.Circuit.check(); err != nil {
+		return err
 	}
 	_, err := u.base()
 	return err
@@ -87,6 +94,7 @@ func (u *Upstream) provision(ctx caddy.Context) error {
 		u.OnHangup = new(Hangup)
 	}
 	u.OnHangup.provision()
+	u.rules = u.Circuit.withDefaults()
 	u.shareHealth()
 	header := make(http.Header, len(u.Headers)+1)
 	if u.APIKey != "" {
