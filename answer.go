@@ -37,7 +37,9 @@ type answer struct {
 	by  *candidate
 
 	attempt
-	asked time.Time      // when the attempt began
+	asked time.Time // when the attempt began
+	trace *requestTrace
+	ttft  time.Duration
 	wait  *firstByteWait // nil where it may take its time
 	hold  *held          // nil where nothing is held back
 
@@ -50,6 +52,7 @@ type answer struct {
 	err        error // what the handler returned
 	timedOut   bool  // the request's time ran out meanwhile
 	gaveUp     bool  // it has not begun in time
+	lost       bool  // another was faster
 	fault      error // what is wrong with an answer of status 200
 	committed  bool  // the client has received status and header
 	clientGone bool
@@ -177,7 +180,9 @@ func (a *answer) commit() {
 	a.committed, a.unflushed = true, true
 	if a.stream != nil {
 		a.x.opened(a.by)
-		a.req.forget()
+		if a.race == nil {
+			a.req.forget()
+		}
 	}
 	if begun {
 		return // with pings, and another header
@@ -238,10 +243,13 @@ func (a *answer) finish() {
 		a.fault = errUnreadable
 		return
 	}
-	a.x.trace.read(body)
+	a.trace.read(body)
 	a.result.usage, a.result.known = said.usage, said.hasUsage
 	if !said.hasUsage {
 		readAnswer(body, &a.result.text) // there will be an estimate
+	}
+	if !a.claim() {
+		return
 	}
 	insert, at, until := said.costEdit(a.by.price)
 	a.header.Set("Content-Type", "application/json")
@@ -251,7 +259,7 @@ func (a *answer) finish() {
 		a.result.outcome = OutcomeClientGone
 	}
 	a.commit()
-	a.x.firstByte()
+	a.firstByte()
 	for _, part := range [][]byte{body[:at], insert, body[until:]} {
 		if len(part) > 0 && (a.toClient(part) != nil || a.clientGone) {
 			a.result.outcome = OutcomeClientGone
@@ -266,14 +274,15 @@ func (a *answer) finish() {
 // begun notes that the upstream has begun to answer.
 func (a *answer) begun() {
 	a.wait.heard()
+	a.race.heard()
 	if a.by.measured {
 		a.by.latency().note(time.Since(a.asked))
 	}
 }
 
 // firstByte notes when the answer began.
-func (x *exchange) firstByte() {
-	if x.event.TTFT == 0 {
-		x.event.TTFT = time.Since(x.started)
+func (a *answer) firstByte() {
+	if a.ttft == 0 {
+		a.ttft = time.Since(a.x.started)
 	}
 }

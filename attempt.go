@@ -20,10 +20,11 @@ const (
 	resultTimeout    result = "timeout"     // the request's time ran out first
 	resultCut        result = "cut"         // it broke off in the middle of its answer
 	resultClientGone result = "client_gone" // the client left first
+	resultLost       result = "lost"        // a hedge: another upstream was faster
 )
 
 var results = []result{
-	resultAnswered, resultRefused, resultBusy, resultFailed, resultTimeout, resultCut, resultClientGone,
+	resultAnswered, resultRefused, resultBusy, resultFailed, resultTimeout, resultCut, resultClientGone, resultLost,
 }
 
 // ended takes in how an attempt went after which no other is made, and returns s.
@@ -60,6 +61,11 @@ func (a *answer) ended(s *served) *served {
 
 // failed takes in how an attempt went that came to nothing.
 func (a *answer) failed(f *failure) {
+	if a.lost {
+		a.x.attempted(a, resultLost, nil)
+		a.tellCircuit(signNone)
+		return
+	}
 	r := resultFailed
 	switch status := f.tell.status; {
 	case status == http.StatusTooManyRequests:
@@ -96,7 +102,7 @@ func (a *answer) tellCircuit(s sign) {
 
 // attempted counts an attempt. cause, if there is more to say than r, is for the trace.
 func (x *exchange) attempted(a *answer, r result, cause error) {
-	x.trace.endAttempt(a.status, r, cause)
+	a.trace.endAttempt(a.status, r, cause)
 	x.series = a.by.series
 	if x.series == nil {
 		return

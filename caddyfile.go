@@ -60,6 +60,7 @@ import (
 //			fallback       <models...>
 //			policy         first|weighted|least_latency|cheapest
 //			first_byte_timeout <duration>
+//			hedge          <duration>
 //		}
 //		default_model <name>
 //		template <name> {
@@ -348,6 +349,7 @@ func (p *blockParser) model(h *Handler) error {
 		"price_cached":       {parse: func() error { return p.priceCached(&cached) }},
 		"context_length":     {parse: func() error { return p.number(&m.ContextLength) }},
 		"policy":             {parse: func() error { return p.text(&m.Policy) }},
+		"hedge":              {parse: func() error { return p.duration(&m.Hedge) }},
 		"first_byte_timeout": {parse: func() error { return p.duration(&m.FirstByteTimeout) }},
 		"fallback":           {parse: func() error { return p.placedList(&m.Fallback) }},
 	})

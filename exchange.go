@@ -104,6 +104,8 @@ type exchange struct {
 	trace   *requestTrace
 	gate    *gate // of a stream: keeps its client company until it begins
 	silent  bool  // it has no client that waits
+
+	only [1]*answer // of the one candidate that is asked
 }
 
 func (h *Handler) newExchange(w http.ResponseWriter, r *http.Request) *exchange {

@@ -49,6 +49,9 @@ func busyFor(wait time.Duration) *apiError {
 
 // failure says why the attempt came to nothing.
 func (a *answer) failure() *failure {
+	if a.lost {
+		return &failure{retriable: true, skipped: true, tell: notAvailable(0), cause: errLost, reason: "hedge_lost"}
+	}
 	if a.gaveUp {
 		return &failure{retriable: true, tell: errTimeout, cause: errNoFirstByte, reason: "timeout"}
 	}

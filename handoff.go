@@ -55,7 +55,8 @@ func (x *exchange) askInTurn(store Store, req *chatRequest, candidates []candida
 	deadline := time.Now().Add(timeout)
 
 	var failures []*failure
-	for i := range candidates {
+	final := false
+	for i := 0; i < len(candidates) && !final; i++ {
 		c := &candidates[i]
 		probe, f := x.turn(store, c, i)
 		if f != nil {
@@ -63,29 +64,19 @@ func (x *exchange) askInTurn(store Store, req *chatRequest, candidates []candida
 			failures = append(failures, f)
 			continue
 		}
-		x.gate.lock()
-		x.event.Upstream = c.upstream.Name // an answer's header may be made of it
-		x.event.Attempts++
-		x.gate.unlock()
-		a := x.try(req, c, attempt{place: i, probe: probe, last: !req.stream || !anyOpen(candidates[i+1:])}, deadline)
-		switch {
-		case a.committed:
-			if len(x.event.Tried) > 0 {
-				x.logFallback(c)
+		x.begin(c)
+		this := attempt{place: i, probe: probe, last: !req.stream || !anyOpen(candidates[i+1:])}
+		for _, a := range x.ask(store, req, candidates, this, deadline) {
+			i = max(i, a.place)
+			if s := x.ending(a, req); s != nil {
+				return s
 			}
-			return a.ended(a.served())
-		case x.r.Context().Err() != nil || a.clientGone:
-			return a.ended(x.clientLeft(a))
-		case a.timedOut:
-			return a.ended(x.outOfTime(a, req.timeout != 0))
-		}
-		f = a.failure()
-		a.failed(f)
-		x.logFailure(c, f)
-		x.note(c, f)
-		failures = append(failures, f)
-		if !f.retriable {
-			break
+			f := a.failure()
+			a.failed(f)
+			x.logFailure(a.by, f)
+			x.note(a.by, f)
+			failures = append(failures, f)
+			final = final || !f.retriable
 		}
 	}
 	if x.event.Attempts == 0 {
@@ -98,8 +89,49 @@ func (x *exchange) askInTurn(store Store, req *chatRequest, candidates []candida
 	return &served{outcome: OutcomeError, refusal: tell(failures)}
 }
 
+// ask lets a candidate answer; where its model has a hedge, the next one too. An answer that goes out comes last.
+func (x *exchange) ask(store Store, req *chatRequest, candidates []candidate, this attempt, deadline time.Time) []*answer {
+	c := &candidates[this.place]
+	if c.hedge > 0 && anyOpen(candidates[this.place+1:]) {
+		return x.hedged(store, req, candidates, this, deadline)
+	}
+	x.only[0] = x.try(req, c, this, deadline)
+	return x.only[:]
+}
+
+// begin notes that a candidate is being asked.
+func (x *exchange) begin(c *candidate) {
+	x.gate.lock()
+	defer x.gate.unlock()
+	x.event.Upstream = c.upstream.Name // an answer's header may be made of it
+	x.event.Attempts++
+}
+
+// ending returns how the request ended with an attempt, or nil where others may follow.
+func (x *exchange) ending(a *answer, req *chatRequest) *served {
+	switch {
+	case a.committed:
+		x.event.TTFT, x.trace = a.ttft, a.trace
+		if len(x.event.Tried) > 0 {
+			x.logFallback(a.by)
+		}
+		return a.ended(a.served())
+	case a.lost:
+		return nil
+	case x.r.Context().Err() != nil || a.clientGone:
+		return a.ended(x.clientLeft(a))
+	case a.timedOut:
+		return a.ended(x.outOfTime(a, req.timeout != 0))
+	}
+	return nil
+}
+
 // attempt is what is special about asking one candidate.
 type attempt struct {
+	race   *race           // nil where it is the only one that is asked
+	quit   context.Context // ends when another has won the race
+	runner int             // its place in the race
+
 	place int  // of it, among the candidates
 	probe bool // it finds out whether the upstream is back
 	last  bool // nobody else could be asked
@@ -172,8 +204,17 @@ func (x *exchange) logFailure(c *candidate, f *failure) {
 // try lets one candidate answer. A kept-alive connection that the upstream had closed meanwhile is not its fault:
 // then it is asked again.
 func (x *exchange) try(req *chatRequest, c *candidate, this attempt, deadline time.Time) *answer {
-	ctx, cancel := c.upstream.OnHangup.attempt(x.r.Context(), deadline)
+	ctx, trace := x.r.Context(), x.trace
+	if this.race != nil {
+		ctx, trace = x.besides(), x.trace.beside()
+	}
+	ctx, cancel := c.upstream.OnHangup.attempt(ctx, deadline)
 	defer cancel()
+	if this.race != nil {
+		var leave context.CancelFunc
+		ctx, leave = this.join(ctx)
+		defer leave()
+	}
 	var wait *firstByteWait
 	if limit := cmp.Or(c.firstByte, time.Duration(x.h.FirstByteTimeout)); limit > 0 {
 		var giveUp context.CancelCauseFunc
@@ -181,14 +222,15 @@ func (x *exchange) try(req *chatRequest, c *candidate, this attempt, deadline ti
 		defer giveUp(nil)
 		defer wait.heard() // ends the timer
 	}
-	ctx = x.trace.beginAttempt(ctx, c)
+	ctx = trace.beginAttempt(ctx, c)
 	began := time.Now()
 	for stale := 0; ; stale++ {
 		a := newAnswer(x, req, c)
-		a.attempt, a.wait, a.asked = this, wait, began
+		a.attempt, a.wait, a.asked, a.trace = this, wait, began, trace
 		a.err = a.from(ctx)
 		cause := context.Cause(ctx)
 		a.timedOut, a.gaveUp = cause == errOutOfTime, cause == errNoFirstByte
+		a.lost = cause == errLost
 		a.finish()
 		if stale == maxStale || ctx.Err() != nil || !a.wasStale() {
 			return a
@@ -213,7 +255,7 @@ func (a *answer) from(ctx context.Context) (err error) {
 		WroteHeaders: func() { a.reached.Store(true) },
 	})
 	out := a.by.upstream.outbound(ctx, a.x.r)
-	a.x.trace.propagate(ctx, out.Header)
+	a.trace.propagate(ctx, out.Header)
 	parts, size := a.req.segments(a.by.as)
 	out.ContentLength = size
 	out.Header.Set("Content-Length", strconv.FormatInt(size, 10))

@@ -44,6 +44,9 @@ func (a *answer) releaseHeld() {
 
 // release commits the answer. The caller holds a.hold.mu.
 func (a *answer) release() error {
+	if !a.claim() {
+		return errLost
+	}
 	a.commit()
 	bytes := a.hold.bytes
 	a.hold.bytes = nil

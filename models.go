@@ -37,6 +37,10 @@ type Model struct {
 
 	// How soon the answer of each upstream has to begin. Default: the handler's.
 	FirstByteTimeout caddy.Duration `json:"first_byte_timeout,omitempty"`
+
+	// After how long without a sign of an answer the next upstream is asked too. The first that answers serves the request
+	// and is charged for, the other is stopped; but a provider may bill what it had begun. Default: never.
+	Hedge caddy.Duration `json:"hedge,omitempty"`
 }
 
 // Target is one upstream of a model.
@@ -81,6 +85,9 @@ func (m *Model) check(upstreams map[string]bool) error {
 	}
 	if err := checkPolicy(m.Policy); err != nil {
 		return err
+	}
+	if m.Hedge < 0 {
+		return fmt.Errorf("hedge: %s is negative", time.Duration(m.Hedge))
 	}
 	if m.FirstByteTimeout < 0 {
 		return fmt.Errorf("first_byte_timeout: %s is negative", time.Duration(m.FirstByteTimeout))
@@ -212,6 +219,7 @@ type candidate struct {
 
 	weight    int64
 	firstByte time.Duration // 0: the handler's
+	hedge     time.Duration // 0: never
 	measured  bool          // its latency decides on the order
 }
 
@@ -225,7 +233,7 @@ func (m *modelEntry) candidates(name string) []candidate {
 		list[i] = candidate{
 			model: name, price: cmp.Or(t.Price, m.Price), upstream: m.upstreams[i], as: t.nameThere(name),
 			context: m.ContextLength, series: &m.series[i], weight: max(t.Weight, 1),
-			firstByte: time.Duration(m.FirstByteTimeout), measured: m.Policy == policyLeastLatency,
+			firstByte: time.Duration(m.FirstByteTimeout), hedge: time.Duration(m.Hedge), measured: m.Policy == policyLeastLatency,
 		}
 	}
 	return list

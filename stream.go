@@ -154,10 +154,10 @@ func (s *stream) read(event []byte) verdict {
 		result.errorCode = e.code
 		return verdict{insert: e.frame(s.a.x.event.RequestID)}
 	}
-	s.a.x.trace.read(payload)
+	s.a.trace.read(payload)
 	s.answered = s.answered || said.choices > 0
 	if result.text.bytes > before {
-		s.a.x.firstByte()
+		s.a.firstByte()
 	}
 	s.finished = s.finished || said.finished
 	s.content = s.content || said.finished || said.hasUsage && said.choices > 0 || result.text.bytes > before
