@@ -65,8 +65,8 @@ func (x *exchange) askInTurn(store Store, req *chatRequest, candidates []candida
 			continue
 		}
 		x.begin(c)
-		this := attempt{place: i, probe: probe, last: !req.stream || !anyOpen(candidates[i+1:])}
-		for _, a := range x.ask(store, req, candidates, this, deadline) {
+		at := attempt{place: i, probe: probe, last: !req.stream || !anyOpen(candidates[i+1:])}
+		for _, a := range x.ask(store, req, candidates, at, deadline) {
 			i = max(i, a.place)
 			if s := x.ending(a, req); s != nil {
 				return s
@@ -90,12 +90,12 @@ func (x *exchange) askInTurn(store Store, req *chatRequest, candidates []candida
 }
 
 // ask lets a candidate answer; where its model has a hedge, the next one too. An answer that goes out comes last.
-func (x *exchange) ask(store Store, req *chatRequest, candidates []candidate, this attempt, deadline time.Time) []*answer {
-	c := &candidates[this.place]
-	if c.hedge > 0 && anyOpen(candidates[this.place+1:]) {
-		return x.hedged(store, req, candidates, this, deadline)
+func (x *exchange) ask(store Store, req *chatRequest, candidates []candidate, at attempt, deadline time.Time) []*answer {
+	c := &candidates[at.place]
+	if c.hedge > 0 && anyOpen(candidates[at.place+1:]) {
+		return x.hedged(store, req, candidates, at, deadline)
 	}
-	x.only[0] = x.try(req, c, this, deadline)
+	x.only[0] = x.try(req, c, at, deadline)
 	return x.only[:]
 }
 
@@ -203,16 +203,16 @@ func (x *exchange) logFailure(c *candidate, f *failure) {
 
 // try lets one candidate answer. A kept-alive connection that the upstream had closed meanwhile is not its fault:
 // then it is asked again.
-func (x *exchange) try(req *chatRequest, c *candidate, this attempt, deadline time.Time) *answer {
+func (x *exchange) try(req *chatRequest, c *candidate, at attempt, deadline time.Time) *answer {
 	ctx, trace := x.r.Context(), x.trace
-	if this.race != nil {
+	if at.race != nil {
 		ctx, trace = x.besides(), x.trace.beside()
 	}
 	ctx, cancel := c.upstream.OnHangup.attempt(ctx, deadline)
 	defer cancel()
-	if this.race != nil {
+	if at.race != nil {
 		var leave context.CancelFunc
-		ctx, leave = this.join(ctx)
+		ctx, leave = at.join(ctx)
 		defer leave()
 	}
 	var wait *firstByteWait
@@ -226,7 +226,7 @@ func (x *exchange) try(req *chatRequest, c *candidate, this attempt, deadline ti
 	began := time.Now()
 	for stale := 0; ; stale++ {
 		a := newAnswer(x, req, c)
-		a.attempt, a.wait, a.asked, a.trace = this, wait, began, trace
+		a.attempt, a.wait, a.asked, a.trace = at, wait, began, trace
 		a.err = a.from(ctx)
 		cause := context.Cause(ctx)
 		a.timedOut, a.gaveUp = cause == errOutOfTime, cause == errNoFirstByte

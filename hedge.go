@@ -100,17 +100,17 @@ type raceEnd struct {
 }
 
 // hedged asks a candidate, and the next one too if the first has not begun to answer after a while.
-func (x *exchange) hedged(store Store, req *chatRequest, candidates []candidate, this attempt, deadline time.Time) []*answer {
+func (x *exchange) hedged(store Store, req *chatRequest, candidates []candidate, at attempt, deadline time.Time) []*answer {
 	r := &race{begun: make(chan struct{}), claims: make(chan *answer, 1), ends: make(chan raceEnd, 2)}
-	run := func(this attempt, begin func()) {
-		this.race, this.last, this.runner = r, !req.stream, len(r.quits)
+	run := func(at attempt, begin func()) {
+		at.race, at.last, at.runner = r, !req.stream, len(r.quits)
 		r.start(begin, func(quit context.Context) *answer {
-			this.quit = quit
-			return x.try(req, &candidates[this.place], this, deadline)
+			at.quit = quit
+			return x.try(req, &candidates[at.place], at, deadline)
 		})
 	}
-	run(this, func() {})
-	timer := time.NewTimer(candidates[this.place].hedge)
+	run(at, func() {})
+	timer := time.NewTimer(candidates[at.place].hedge)
 	defer timer.Stop()
 	hedge, begun := timer.C, r.begun
 	var answers []*answer
@@ -122,7 +122,7 @@ func (x *exchange) hedged(store Store, req *chatRequest, candidates []candidate,
 			hedge, begun = nil, nil
 		case <-hedge:
 			hedge = nil
-			if second, ok := x.second(store, candidates, this.place); ok {
+			if second, ok := x.second(store, candidates, at.place); ok {
 				run(second, func() { x.begin(&candidates[second.place]) })
 			}
 		case winner = <-r.claims:
@@ -198,9 +198,9 @@ func (x *exchange) besides() context.Context {
 }
 
 // join returns the context of an attempt that ends with errLost when another was faster.
-func (this attempt) join(ctx context.Context) (context.Context, context.CancelFunc) {
+func (at attempt) join(ctx context.Context) (context.Context, context.CancelFunc) {
 	ctx, cancel := context.WithCancelCause(ctx)
-	stop := context.AfterFunc(this.quit, func() { cancel(errLost) })
+	stop := context.AfterFunc(at.quit, func() { cancel(errLost) })
 	return ctx, func() {
 		stop()
 		cancel(nil)
