@@ -36,6 +36,13 @@ type answer struct {
 	req *chatRequest
 	by  *candidate
 
+	attempt
+	asked time.Time // when the attempt began
+	trace *requestTrace
+	ttft  time.Duration
+	wait  *firstByteWait // nil where it may take its time
+	hold  *held          // nil where nothing is held back
+
 	header http.Header // this candidate's own
 	status int
 
@@ -44,6 +51,8 @@ type answer struct {
 
 	err        error // what the handler returned
 	timedOut   bool  // the request's time ran out meanwhile
+	gaveUp     bool  // it has not begun in time
+	lost       bool  // another was faster
 	fault      error // what is wrong with an answer of status 200
 	committed  bool  // the client has received status and header
 	clientGone bool
@@ -70,19 +79,25 @@ func (a *answer) WriteHeader(status int) {
 	}
 	a.status = status
 	if status >= 300 {
+		a.wait.heard()
 		return
 	}
 	isStream := mediaType(a.header) == "text/event-stream"
 	encoding := a.header.Get("Content-Encoding")
+	if !isStream {
+		a.begun()
+	}
 	switch {
 	case isStream && !a.req.stream,
 		encoding != "" && !strings.EqualFold(encoding, "identity"):
 		a.fault = errUnreadable
 	case isStream:
 		a.stream = newStream(a)
-		a.x.opened(a.by)
+		if !a.last || a.wait != nil {
+			a.hold = &held{forContent: !a.last}
+			return
+		}
 		a.commit()
-		a.req.forget()
 	}
 }
 
@@ -109,6 +124,14 @@ func (a *answer) Write(p []byte) (int, error) {
 // FlushError is what http.ResponseController looks for before it unwraps: a flush must not send the status line of
 // an answer that is held back.
 func (a *answer) FlushError() error {
+	if a.hold != nil {
+		a.hold.mu.Lock()
+		defer a.hold.mu.Unlock()
+	}
+	return a.flush()
+}
+
+func (a *answer) flush() error {
 	if !a.unflushed {
 		return nil
 	}
@@ -121,6 +144,18 @@ func (a *answer) Unwrap() http.ResponseWriter { return a.x.w }
 
 // toClient writes to the client. One that has left is no error while the answer is drained.
 func (a *answer) toClient(p []byte) error {
+	if a.hold == nil {
+		return a.send(p)
+	}
+	a.hold.mu.Lock()
+	defer a.hold.mu.Unlock()
+	if !a.committed {
+		return a.hold.keep(a, p)
+	}
+	return a.send(p)
+}
+
+func (a *answer) send(p []byte) error {
 	if a.clientGone {
 		return a.gone(context.Canceled)
 	}
@@ -141,20 +176,27 @@ func (a *answer) gone(err error) error {
 
 // commit makes this candidate's answer the one.
 func (a *answer) commit() {
+	begun := a.x.gate.close()
 	a.committed, a.unflushed = true, true
+	if a.stream != nil {
+		a.x.opened(a.by)
+		if a.race == nil {
+			a.req.forget()
+		}
+	}
+	if begun {
+		return // with pings, and another header
+	}
 	header := a.x.w.Header()
 	passHeader(header, a.header)
 	header.Set("X-Mesh-Routing-Model", a.by.model)
 	a.x.tellAttempts()
-	header.Set("X-Mesh-Routing-Fallback", strconv.FormatBool(a.x.event.Attempts > 1))
+	header.Set("X-Mesh-Routing-Fallback", strconv.FormatBool(a.place > 0))
 	if a.x.h.ExposeUpstream {
 		header.Set("X-Mesh-Upstream", a.by.upstream.Name)
 	}
 	if a.stream != nil {
-		if header.Get("Cache-Control") == "" {
-			header.Set("Cache-Control", "no-cache")
-		}
-		header.Set("X-Accel-Buffering", "no") // for an nginx in front
+		streamHeader(header)
 	}
 	a.x.w.WriteHeader(a.status)
 }
@@ -188,6 +230,10 @@ func (a *answer) logEnd() {
 // finish ends the attempt: an answer that was held back until it was whole goes out now, if it is one.
 func (a *answer) finish() {
 	a.sent = a.reached.Load()
+	a.hold.end()
+	if a.stream != nil && !a.committed {
+		return
+	}
 	if a.committed || a.err != nil || a.fault != nil || a.status < 200 || a.status >= 300 {
 		return
 	}
@@ -197,10 +243,13 @@ func (a *answer) finish() {
 		a.fault = errUnreadable
 		return
 	}
-	a.x.trace.read(body)
+	a.trace.read(body)
 	a.result.usage, a.result.known = said.usage, said.hasUsage
 	if !said.hasUsage {
 		readAnswer(body, &a.result.text) // there will be an estimate
+	}
+	if !a.claim() {
+		return
 	}
 	insert, at, until := said.costEdit(a.by.price)
 	a.header.Set("Content-Type", "application/json")
@@ -210,7 +259,7 @@ func (a *answer) finish() {
 		a.result.outcome = OutcomeClientGone
 	}
 	a.commit()
-	a.x.firstByte()
+	a.firstByte()
 	for _, part := range [][]byte{body[:at], insert, body[until:]} {
 		if len(part) > 0 && (a.toClient(part) != nil || a.clientGone) {
 			a.result.outcome = OutcomeClientGone
@@ -222,9 +271,18 @@ func (a *answer) finish() {
 	}
 }
 
+// begun notes that the upstream has begun to answer.
+func (a *answer) begun() {
+	a.wait.heard()
+	a.race.heard()
+	if a.by.measured {
+		a.by.latency().note(time.Since(a.asked))
+	}
+}
+
 // firstByte notes when the answer began.
-func (x *exchange) firstByte() {
-	if x.event.TTFT == 0 {
-		x.event.TTFT = time.Since(x.started)
+func (a *answer) firstByte() {
+	if a.ttft == 0 {
+		a.ttft = time.Since(a.x.started)
 	}
 }

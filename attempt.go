@@ -3,8 +3,10 @@ package mesh
 import (
 	"net/http"
 	"sync/atomic"
+	"time"
 
 	"github.com/caddyserver/caddy/v2"
+	"go.uber.org/zap"
 )
 
 // result is how an upstream did when it was asked.
@@ -18,10 +20,11 @@ const (
 	resultTimeout    result = "timeout"     // the request's time ran out first
 	resultCut        result = "cut"         // it broke off in the middle of its answer
 	resultClientGone result = "client_gone" // the client left first
+	resultLost       result = "lost"        // a hedge: another upstream was faster
 )
 
 var results = []result{
-	resultAnswered, resultRefused, resultBusy, resultFailed, resultTimeout, resultCut, resultClientGone,
+	resultAnswered, resultRefused, resultBusy, resultFailed, resultTimeout, resultCut, resultClientGone, resultLost,
 }
 
 // ended takes in how an attempt went after which no other is made, and returns s.
@@ -45,11 +48,24 @@ func (a *answer) ended(s *served) *served {
 	if r != resultClientGone && !(r == resultTimeout && own) { // a client that gives up early says nothing of the upstream
 		a.by.upstream.health.note(r)
 	}
+	sign := signAlive
+	switch {
+	case r == resultClientGone, r == resultTimeout && own:
+		sign = signNone
+	case r == resultTimeout, r == resultCut, r == resultFailed:
+		sign = signFailed
+	}
+	a.tellCircuit(sign)
 	return s
 }
 
 // failed takes in how an attempt went that came to nothing.
 func (a *answer) failed(f *failure) {
+	if a.lost {
+		a.x.attempted(a, resultLost, nil)
+		a.tellCircuit(signNone)
+		return
+	}
 	r := resultFailed
 	switch status := f.tell.status; {
 	case status == http.StatusTooManyRequests:
@@ -61,11 +77,32 @@ func (a *answer) failed(f *failure) {
 	}
 	a.x.attempted(a, r, f.cause)
 	a.by.upstream.health.note(r)
+	sign := signAlive
+	if !f.credentials && (r == resultFailed || r == resultTimeout) {
+		sign = signFailed
+	}
+	if r == resultBusy {
+		a.by.upstream.circuit(a.by.as).restFor(time.Now(), f.tell.retryAfter)
+	}
+	a.tellCircuit(sign)
+}
+
+// tellCircuit says how the attempt went to those that come after it.
+func (a *answer) tellCircuit(s sign) {
+	u := a.by.upstream
+	if !u.circuit(a.by.as).note(time.Now(), u.rules, s, a.probe) {
+		return
+	}
+	said := "upstream is left alone for a while: it has failed too often"
+	if s == signAlive {
+		said = "upstream answers again"
+	}
+	a.x.h.logger.Warn(said, zap.String("upstream", u.Name), zap.String("model_there", a.by.as))
 }
 
 // attempted counts an attempt. cause, if there is more to say than r, is for the trace.
 func (x *exchange) attempted(a *answer, r result, cause error) {
-	x.trace.endAttempt(a.status, r, cause)
+	a.trace.endAttempt(a.status, r, cause)
 	x.series = a.by.series
 	if x.series == nil {
 		return
@@ -80,6 +117,7 @@ type upstreamHealth struct {
 	name     string
 	failures atomic.Int32 // in a row
 	down     atomic.Bool  // so said the last event
+	circuits circuits
 }
 
 // maxUpstreamFailures is how many failures in a row take an upstream down.
@@ -110,7 +148,10 @@ func (h *upstreamHealth) note(r result) {
 }
 
 // Destruct is for the pool.
-func (h *upstreamHealth) Destruct() error { return nil }
+func (h *upstreamHealth) Destruct() error {
+	h.circuits.forget()
+	return nil
+}
 
 // shareHealth is for provisioning, before Caddy takes the handler's JSON away.
 func (u *Upstream) shareHealth() {

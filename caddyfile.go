@@ -43,6 +43,14 @@ import (
 //			provider          <its name in files of prices>
 //			base_path         <path>
 //			on_hangup         cancel|free|drain [<timeout> [<at once>]]
+//			circuit off
+//			circuit {
+//				failures     <number in a row>
+//				error_rate   <share, 0 to 1>
+//				min_requests <number>
+//				window       <duration>
+//				rest         <duration>
+//			}
 //			reverse_proxy {
 //				<any option of reverse_proxy>
 //			}
@@ -51,7 +59,7 @@ import (
 //			}
 //		}
 //		model <name or pattern> [<upstreams...>] {
-//			upstream          <name> [as <its name for the model>]
+//			upstream          <name> [as <its name for the model>] [weight <number>] [price <input> <output>]
 //			price             <USD per million tokens of input> <of output>
 //			price_cached      <USD per million cached tokens of input>
 //			price_request     <USD per request>
@@ -62,6 +70,10 @@ import (
 //			input_modalities  text|image|audio|video|file...
 //			output_modalities text|image|audio|video|file...
 //			supports          tools|structured_output|thinking...
+//			fallback          <models...>
+//			policy            first|weighted|least_latency|cheapest
+//			first_byte_timeout <duration>
+//			hedge             <duration>
 //		}
 //		prices        <files...>
 //		default_model <name>
@@ -82,6 +94,7 @@ import (
 //		}
 //		max_body_size <size>
 //		timeout       <duration>
+//		first_byte_timeout <duration>
 //		expose_upstream
 //		metrics {
 //			per_key
@@ -101,20 +114,21 @@ func parseCaddyfile(helper httpcaddyfile.Helper) (caddyhttp.MiddlewareHandler, e
 	}
 	p.places[nil] = *p.Dispenser
 	err := p.block(words{
-		"store":           {parse: func() error { return p.store(h) }},
-		"key":             {parse: func() error { return p.key(h) }, many: true},
-		"upstream":        {parse: func() error { return p.upstream(h) }, many: true},
-		"model":           {parse: func() error { return p.model(h) }, many: true},
-		"prices":          {parse: func() error { return p.prices(h) }, many: true},
-		"default_model":   {parse: func() error { return p.placed(&h.DefaultModel) }},
-		"max_body_size":   {parse: func() error { return p.size(&h.MaxBodySize) }},
-		"timeout":         {parse: func() error { return p.duration(&h.Timeout) }},
-		"expose_upstream": {parse: func() error { return p.flag(&h.ExposeUpstream) }},
-		"template":        {parse: func() error { return p.template(h) }, many: true},
-		"templates":       {parse: func() error { return p.templateFiles(h) }, many: true},
-		"compare":         {parse: func() error { return p.compare(h) }},
-		"metrics":         {parse: func() error { return p.metrics(h) }},
-		"tracing":         {parse: func() error { return p.tracing(h) }},
+		"store":              {parse: func() error { return p.store(h) }},
+		"key":                {parse: func() error { return p.key(h) }, many: true},
+		"upstream":           {parse: func() error { return p.upstream(h) }, many: true},
+		"model":              {parse: func() error { return p.model(h) }, many: true},
+		"prices":             {parse: func() error { return p.prices(h) }, many: true},
+		"default_model":      {parse: func() error { return p.placed(&h.DefaultModel) }},
+		"max_body_size":      {parse: func() error { return p.size(&h.MaxBodySize) }},
+		"timeout":            {parse: func() error { return p.duration(&h.Timeout) }},
+		"expose_upstream":    {parse: func() error { return p.flag(&h.ExposeUpstream) }},
+		"template":           {parse: func() error { return p.template(h) }, many: true},
+		"templates":          {parse: func() error { return p.templateFiles(h) }, many: true},
+		"compare":            {parse: func() error { return p.compare(h) }},
+		"metrics":            {parse: func() error { return p.metrics(h) }},
+		"tracing":            {parse: func() error { return p.tracing(h) }},
+		"first_byte_timeout": {parse: func() error { return p.duration(&h.FirstByteTimeout) }},
 	})
 	if err != nil {
 		return nil, err
@@ -183,6 +197,12 @@ func (p *blockParser) text(to *string) error {
 func (p *blockParser) placed(to *string) error {
 	p.places[to] = *p.Dispenser
 	return p.text(to)
+}
+
+// placedList parses arguments that other parts of the configuration have to agree with.
+func (p *blockParser) placedList(to *[]string) error {
+	p.places[to] = *p.Dispenser
+	return p.list(to)
 }
 
 func (p *blockParser) flag(to *bool) error {
@@ -372,12 +392,16 @@ func (p *blockParser) model(h *Handler) error {
 		"price_request":  {parse: func() error { return p.amount(&request) }},
 		"context_length": {parse: func() error { return p.number(&m.ContextLength) }},
 
-		"transforms":        {parse: func() error { return p.list(&m.Transforms) }},
-		"display_name":      {parse: func() error { return p.text(&m.DisplayName) }},
-		"type":              {parse: func() error { return p.text(&m.Type) }},
-		"input_modalities":  {parse: func() error { return p.list(&m.InputModalities) }},
-		"output_modalities": {parse: func() error { return p.list(&m.OutputModalities) }},
-		"supports":          {parse: func() error { return p.list(&m.Supports) }},
+		"transforms":         {parse: func() error { return p.list(&m.Transforms) }},
+		"display_name":       {parse: func() error { return p.text(&m.DisplayName) }},
+		"type":               {parse: func() error { return p.text(&m.Type) }},
+		"input_modalities":   {parse: func() error { return p.list(&m.InputModalities) }},
+		"output_modalities":  {parse: func() error { return p.list(&m.OutputModalities) }},
+		"supports":           {parse: func() error { return p.list(&m.Supports) }},
+		"policy":             {parse: func() error { return p.text(&m.Policy) }},
+		"hedge":              {parse: func() error { return p.duration(&m.Hedge) }},
+		"first_byte_timeout": {parse: func() error { return p.duration(&m.FirstByteTimeout) }},
+		"fallback":           {parse: func() error { return p.placedList(&m.Fallback) }},
 	})
 	if err != nil {
 		return err
@@ -401,19 +425,6 @@ func (p *blockParser) model(h *Handler) error {
 func (p *blockParser) target(m *Model, t *Target) {
 	p.places[t] = *p.Dispenser
 	m.Targets = append(m.Targets, t)
-}
-
-func (p *blockParser) modelUpstream(m *Model) error {
-	args := p.RemainingArgs()
-	switch {
-	case len(args) == 1:
-		p.target(m, &Target{Upstream: args[0]})
-	case len(args) == 3 && args[1] == "as":
-		p.target(m, &Target{Upstream: args[0], As: args[2]})
-	default:
-		return p.ArgErr()
-	}
-	return nil
 }
 
 func (p *blockParser) price(m *Model) (err error) {

@@ -45,6 +45,7 @@ func (p *blockParser) upstream(h *Handler) error {
 		"base_path":         {parse: func() error { return p.text(&u.BasePath) }},
 		"reverse_proxy":     {parse: func() error { proxy = p.NextSegment(); return nil }},
 		"handle":            {parse: func() error { handle = p.NextSegment(); return nil }},
+		"circuit":           {parse: func() error { return p.circuit(u) }},
 	})
 	switch {
 	case err != nil:

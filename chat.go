@@ -21,7 +21,8 @@ type chatRequest struct {
 
 	model        string // as asked for; empty if the client left the choice to the gateway
 	stream       bool
-	includeUsage bool // the client asked for the usage frame
+	includeUsage bool     // the client asked for the usage frame
+	fallbacks    []string // models to ask after that, as the client wants it
 	sessionID    string
 	timeout      time.Duration // 0: the handler's
 	maxTokens    int64         // of one choice of the answer; 0 if the client set no bound

@@ -41,7 +41,7 @@ var chatMembers = []member{
 	{name: "cache", gateway: true, check: func(p *parser) { p.boolean() }},
 	{name: "template", gateway: true, check: func(p *parser) { name, _ := p.text(); p.req.template = string(name) }},
 	{name: "variables", gateway: true, check: func(p *parser) { p.req.variables = p.textMap() }},
-	{name: "models", gateway: true, check: func(p *parser) { p.unbuilt(p.list(func(p *parser) { p.text() }) > 0) }},
+	{name: "models", gateway: true, check: (*parser).fallbackModels},
 	{name: "transforms", gateway: true, check: func(p *parser) {
 		on := p.list(func(p *parser) { p.oneOf(middleOut) }) > 0
 		p.req.transforms = &on

@@ -42,7 +42,7 @@ func (x *exchange) call(ctx context.Context, w http.ResponseWriter) *exchange {
 	if server, ok := ctx.Value(caddyhttp.ServerCtxKey).(*caddyhttp.Server); ok {
 		r = caddyhttp.PrepareRequest(r, caddy.NewReplacer(), w, server)
 	}
-	call := &exchange{h: x.h, w: w, r: r, started: time.Now(), key: x.key, taken: true}
+	call := &exchange{h: x.h, w: w, r: r, started: time.Now(), key: x.key, taken: true, silent: true}
 	call.event = Event{
 		RequestID: "req_" + ulid.Make().String(),
 		KeyID:     x.event.KeyID,

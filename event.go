@@ -43,6 +43,9 @@ func encodeEvent(e *Event) ([]byte, error) {
 	o.number("status", int64(e.Status))
 	o.text("outcome", string(e.Outcome))
 	o.textIfAny("error", e.Error)
+	if len(e.Tried) > 0 {
+		o.tried(e.Tried)
+	}
 	o.number("prompt_tokens", e.PromptTokens)
 	o.numberIfAny("cached_tokens", e.CachedTokens)
 	o.number("completion_tokens", e.CompletionTokens)

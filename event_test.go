@@ -19,6 +19,8 @@ func TestEventIsEncodedAsItsTagsSay(t *testing.T) {
 			f.SetBool(true)
 		case reflect.Int, reflect.Int64:
 			f.SetInt(int64(i) + 1_234_567_890)
+		case reflect.Slice:
+			f.Set(reflect.ValueOf([]Tried{{"a/b", "é\x01", "503"}, {Model: "c"}}))
 		case reflect.Struct:
 			f.Set(reflect.ValueOf(time.Date(2026, 11, 25, 1, 2, 3, 400, time.UTC)))
 		default:

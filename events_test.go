@@ -150,7 +150,8 @@ func TestUpstreamThatFailsFiveTimesIsDownUntilItAnswers(t *testing.T) {
 		answers(int(status.Load()), "application/json", completion)(w, r)
 	})
 	options := recordEvents(t)
-	g := startGatewayWith(t, options, up.address(), site(""))
+	always := strings.Replace(site(""), "api_key sk-upstream", "api_key sk-upstream\n\t\tcircuit off", 1)
+	g := startGatewayWith(t, options, up.address(), always)
 	send := func(code, n int) {
 		status.Store(int32(code))
 		for range n {
@@ -176,7 +177,7 @@ func TestUpstreamThatFailsFiveTimesIsDownUntilItAnswers(t *testing.T) {
 	expect("five failures", 1, 0)
 	send(500, 20)
 	expect("more failures", 1, 0)
-	g.load("http://$ADDRESS {\nheader X-Generation 2\n" + site("") + "\n}\n")
+	g.load("http://$ADDRESS {\nheader X-Generation 2\n" + always + "\n}\n")
 	send(500, 6)
 	expect("still down after a reload", 1, 0)
 	send(200, 3)

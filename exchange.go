@@ -131,6 +131,10 @@ type exchange struct {
 	series  *targetSeries    // the metrics of the last upstream that was asked
 	streams prometheus.Gauge // counts the stream as open, once it is
 	trace   *requestTrace
+	gate    *gate // of a stream: keeps its client company until it begins
+	silent  bool  // it has no client that waits
+
+	only [1]*answer // of the one candidate that is asked
 }
 
 func (h *Handler) newExchange(w http.ResponseWriter, r *http.Request) *exchange {
@@ -213,7 +217,7 @@ func (x *exchange) prepare(body []byte) (*chatRequest, []candidate, *apiError) {
 func (x *exchange) run(store Store, req *chatRequest, candidates []candidate) *apiError {
 	served := &served{outcome: OutcomeError} // if the hand-off panics: what was admitted is settled, whatever comes
 	defer func() { x.settle(store, req, served) }()
-	served = x.handOff(req, candidates)
+	served = x.handOff(store, req, candidates)
 	return served.refusal
 }
 
@@ -339,6 +343,9 @@ func (e *Event) MarshalLogObject(enc zapcore.ObjectEncoder) error {
 	text("upstream", e.Upstream)
 	text("outcome", string(e.Outcome))
 	text("error", e.Error)
+	if len(e.Tried) > 0 {
+		enc.AddArray("tried", triedList(e.Tried)) //nolint:errcheck // triedList has none
+	}
 	if e.Attempts == 0 {
 		return nil
 	}

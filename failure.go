@@ -19,6 +19,11 @@ type failure struct {
 	retriable bool      // another candidate may do better
 	tell      *apiError // for the client, if no other answers
 	cause     error     // for the log
+	err       error     // what the handler returned
+	reason    string    // for the ledger, where the rest does not say it
+	skipped   bool      // it was not asked
+
+	credentials bool // it is the gateway's own that were refused
 }
 
 var errCut = &apiError{
@@ -31,23 +36,43 @@ var errUnfinished = &apiError{
 	message: "The upstream did not finish its answer in time.",
 }
 
+var errBusy = &apiError{
+	status: http.StatusTooManyRequests, code: "upstream_rate_limit_error",
+	message: "The upstream is at its own rate limit.",
+}
+
+func busyFor(wait time.Duration) *apiError {
+	e := *errBusy
+	e.retryAfter = wait
+	return &e
+}
+
 // failure says why the attempt came to nothing.
 func (a *answer) failure() *failure {
+	if a.lost {
+		return &failure{retriable: true, skipped: true, tell: notAvailable(0), cause: errLost, reason: "hedge_lost"}
+	}
+	if a.gaveUp {
+		return &failure{retriable: true, tell: errTimeout, cause: errNoFirstByte, reason: "timeout"}
+	}
 	if a.status >= 300 {
 		return a.refused()
 	}
-	f := &failure{retriable: true, cause: a.err, status: a.status}
+	f := &failure{retriable: true, cause: a.err, err: a.err, status: a.status}
 	switch {
 	case a.fault != nil:
-		f.cause = a.fault
+		f.cause, f.reason = a.fault, "not_json"
 		f.tell = errorf(http.StatusBadGateway, "upstream_error", "The upstream's answer could not be read.")
 		if said := readAnswer(a.whole.Bytes(), nil); said.readable && said.failed {
-			f.tell = inBand(a.whole.Bytes())
+			f.tell, f.reason = inBand(a.whole.Bytes()), "error"
 			f.cause = answered(a.status, providerError(a.whole.Bytes()))
 			f.retriable = f.tell.status >= 500
 		}
-	case errors.Is(a.err, errBrokenOff):
-		f.tell = errCut
+	case a.stream != nil && a.stream.failed:
+		f.tell, f.cause, f.reason = a.stream.fault, a.stream.fault, "stream_error"
+		f.retriable = f.tell.status >= 500
+	case a.stream != nil, errors.Is(a.err, errBrokenOff):
+		f.tell, f.reason = errCut, "cut"
 	default:
 		f.tell = unreachable(a.err)
 		if handlerErr, ok := errors.AsType[caddyhttp.HandlerError](a.err); ok {
@@ -82,11 +107,11 @@ func (a *answer) refused() *failure {
 	switch {
 	case a.status == http.StatusUnauthorized, a.status == http.StatusPaymentRequired, a.status == http.StatusForbidden,
 		a.status == http.StatusBadRequest && provider.isAboutAccount():
+		f.credentials = true
 		f.cause = fmt.Errorf("upstream answered %d: it refused the gateway's credentials", a.status)
 		f.tell = errorf(http.StatusBadGateway, "upstream_error", "The upstream refused the gateway's credentials.")
 	case a.status == http.StatusTooManyRequests:
-		f.tell = errorf(a.status, "upstream_rate_limit_error", "The upstream is at its own rate limit.")
-		f.tell.retryAfter = retryAfter(a.header, time.Now())
+		f.tell = busyFor(retryAfter(a.header, time.Now()))
 	case a.status >= 500, a.status < 400, a.status == http.StatusNotFound && provider.providerError == nil:
 		// a 404 without an error is not the provider's API but whatever answers at a wrong address
 		f.tell = errorf(http.StatusBadGateway, "upstream_error", "The upstream failed (status %d).", a.status)
@@ -213,18 +238,32 @@ func retryAfter(header http.Header, now time.Time) time.Duration {
 // clampWait keeps nonsense out of our own Retry-After: nobody waits for more than a day.
 func clampWait(ns float64) time.Duration { return time.Duration(min(ns, float64(24*time.Hour))) }
 
-// tell chooses what the client hears when no candidate answered: that all were busy, and the earliest time one will
-// not be, or else the last failure of another kind.
+// tell chooses what the client hears when no candidate answered: what the last one that was asked had to say, if it was
+// not that it is busy; else what kept one from being asked; else that all are busy. Where it may come back, the
+// earliest time at which one of them can be asked again.
 func tell(failures []*failure) *apiError {
-	var busy *apiError
-	for i := len(failures) - 1; i >= 0; i-- {
-		e := failures[i].tell
-		if e.code != "upstream_rate_limit_error" {
-			return e
-		}
-		if busy == nil || e.retryAfter > 0 && (busy.retryAfter == 0 || e.retryAfter < busy.retryAfter) {
-			busy = e
+	var chosen *apiError
+	for rank, i := 4, len(failures)-1; i >= 0; i-- {
+		if r := failures[i].rank(); r < rank {
+			chosen, rank = failures[i].tell, r
 		}
 	}
-	return busy
+	for _, f := range failures {
+		if wait := f.tell.retryAfter; wait > 0 && f.rank() > 0 && f.tell.code == chosen.code && (chosen.retryAfter == 0 || wait < chosen.retryAfter) {
+			chosen = f.tell
+		}
+	}
+	return chosen
+}
+
+func (f *failure) rank() int {
+	switch {
+	case f.tell.code == errBusy.code:
+		return 2
+	case f.reason == "spend_cap":
+		return 3
+	case f.skipped:
+		return 1
+	}
+	return 0
 }

@@ -37,7 +37,17 @@ var errOutOfTime = errors.New("the request's time ran out")
 
 // handOff lets the candidates answer, one after another until one does. Once the first byte has gone out there is no
 // second try.
-func (x *exchange) handOff(req *chatRequest, candidates []candidate) *served {
+func (x *exchange) handOff(store Store, req *chatRequest, candidates []candidate) *served {
+	if req.stream {
+		x.gate = x.openGate()
+		defer x.gate.close()
+	}
+	s := x.askInTurn(store, req, candidates)
+	x.tellInStream(s)
+	return s
+}
+
+func (x *exchange) askInTurn(store Store, req *chatRequest, candidates []candidate) *served {
 	timeout := req.timeout
 	if timeout == 0 {
 		timeout = cmp.Or(x.limit, time.Duration(x.h.Timeout))
@@ -45,34 +55,117 @@ func (x *exchange) handOff(req *chatRequest, candidates []candidate) *served {
 	deadline := time.Now().Add(timeout)
 
 	var failures []*failure
-	for i := range candidates {
+	final := false
+	for i := 0; i < len(candidates) && !final; i++ {
 		c := &candidates[i]
-		x.event.Upstream = c.upstream.Name // an answer's header may be made of it
-		a := x.try(req, c, deadline)
-		switch {
-		case a.committed:
-			return a.ended(a.served())
-		case x.r.Context().Err() != nil || a.clientGone:
-			return a.ended(x.clientLeft(a))
-		case a.timedOut:
-			return a.ended(x.outOfTime(a, req.timeout != 0))
+		probe, f := x.turn(store, c, i)
+		if f != nil {
+			x.note(c, f)
+			failures = append(failures, f)
+			continue
 		}
-		f := a.failure()
-		a.failed(f)
-		x.logFailure(c, f)
-		failures = append(failures, f)
-		if !f.retriable {
-			break
+		x.begin(c)
+		at := attempt{place: i, probe: probe, last: !req.stream || !anyOpen(candidates[i+1:])}
+		for _, a := range x.ask(store, req, candidates, at, deadline) {
+			i = max(i, a.place)
+			if s := x.ending(a, req); s != nil {
+				return s
+			}
+			f := a.failure()
+			a.failed(f)
+			x.logFailure(a.by, f)
+			x.note(a.by, f)
+			failures = append(failures, f)
+			final = final || !f.retriable
+		}
+	}
+	if x.event.Attempts == 0 {
+		x.series = candidates[0].series // for the metrics: it counts as a request of the first
+		if x.series != nil {
+			x.series.resolve()
 		}
 	}
 	x.tellAttempts()
 	return &served{outcome: OutcomeError, refusal: tell(failures)}
 }
 
+// ask lets a candidate answer; where its model has a hedge, the next one too. An answer that goes out comes last.
+func (x *exchange) ask(store Store, req *chatRequest, candidates []candidate, at attempt, deadline time.Time) []*answer {
+	c := &candidates[at.place]
+	if c.hedge > 0 && anyOpen(candidates[at.place+1:]) {
+		return x.hedged(store, req, candidates, at, deadline)
+	}
+	x.only[0] = x.try(req, c, at, deadline)
+	return x.only[:]
+}
+
+// begin notes that a candidate is being asked.
+func (x *exchange) begin(c *candidate) {
+	x.gate.lock()
+	defer x.gate.unlock()
+	x.event.Upstream = c.upstream.Name // an answer's header may be made of it
+	x.event.Attempts++
+}
+
+// ending returns how the request ended with an attempt, or nil where others may follow.
+func (x *exchange) ending(a *answer, req *chatRequest) *served {
+	switch {
+	case a.committed:
+		x.event.TTFT, x.trace = a.ttft, a.trace
+		if len(x.event.Tried) > 0 {
+			x.logFallback(a.by)
+		}
+		return a.ended(a.served())
+	case a.lost:
+		return nil
+	case x.r.Context().Err() != nil || a.clientGone:
+		return a.ended(x.clientLeft(a))
+	case a.timedOut:
+		return a.ended(x.outOfTime(a, req.timeout != 0))
+	}
+	return nil
+}
+
+// attempt is what is special about asking one candidate.
+type attempt struct {
+	race   *race           // nil where it is the only one that is asked
+	quit   context.Context // ends when another has won the race
+	runner int             // its place in the race
+
+	place int  // of it, among the candidates
+	probe bool // it finds out whether the upstream is back
+	last  bool // nobody else could be asked
+}
+
+// turn reports whether it is a candidate's turn, and whether asking it is a probe. If it may not be asked, it says why.
+func (x *exchange) turn(store Store, c *candidate, place int) (probe bool, f *failure) {
+	circuit, rules, now := c.upstream.circuit(c.as), c.upstream.rules, time.Now()
+	if f := circuit.mayAsk(now, rules); f != nil {
+		return false, f
+	}
+	if place > 0 && x.overCap(store, c) {
+		return false, overCap()
+	}
+	return circuit.take(now, rules)
+}
+
+// anyOpen reports whether one of the candidates could be asked.
+func anyOpen(candidates []candidate) bool {
+	for i := range candidates {
+		c := &candidates[i]
+		if c.upstream.circuit(c.as).mayAsk(time.Now(), c.upstream.rules) == nil {
+			return true
+		}
+	}
+	return false
+}
+
 // clientLeft ends a request whose client left before the first byte of an answer.
 func (x *exchange) clientLeft(a *answer) *served {
 	const clientClosedRequest = 499 // nginx's, and reverse_proxy's, number for the access log
-	x.w.WriteHeader(clientClosedRequest)
+	if !x.gate.close() {
+		x.w.WriteHeader(clientClosedRequest)
+	}
 	failed := a.status >= 300 && a.status != clientClosedRequest
 	return &served{by: a.by, outcome: OutcomeClientGone, status: clientClosedRequest, prompt: a.sent && !failed}
 }
@@ -90,6 +183,7 @@ func (x *exchange) outOfTime(a *answer, own bool) *served {
 }
 
 func (x *exchange) tellAttempts() {
+	x.gate.close() // its header is not shared any more
 	x.w.Header().Set("X-Mesh-Routing-Attempts", strconv.Itoa(x.event.Attempts))
 }
 
@@ -109,15 +203,34 @@ func (x *exchange) logFailure(c *candidate, f *failure) {
 
 // try lets one candidate answer. A kept-alive connection that the upstream had closed meanwhile is not its fault:
 // then it is asked again.
-func (x *exchange) try(req *chatRequest, c *candidate, deadline time.Time) *answer {
-	ctx, cancel := c.upstream.OnHangup.attempt(x.r.Context(), deadline)
+func (x *exchange) try(req *chatRequest, c *candidate, at attempt, deadline time.Time) *answer {
+	ctx, trace := x.r.Context(), x.trace
+	if at.race != nil {
+		ctx, trace = x.besides(), x.trace.beside()
+	}
+	ctx, cancel := c.upstream.OnHangup.attempt(ctx, deadline)
 	defer cancel()
-	ctx = x.trace.beginAttempt(ctx, c)
-	x.event.Attempts++
+	if at.race != nil {
+		var leave context.CancelFunc
+		ctx, leave = at.join(ctx)
+		defer leave()
+	}
+	var wait *firstByteWait
+	if limit := cmp.Or(c.firstByte, time.Duration(x.h.FirstByteTimeout)); limit > 0 {
+		var giveUp context.CancelCauseFunc
+		ctx, giveUp, wait = waitFor(ctx, limit)
+		defer giveUp(nil)
+		defer wait.heard() // ends the timer
+	}
+	ctx = trace.beginAttempt(ctx, c)
+	began := time.Now()
 	for stale := 0; ; stale++ {
 		a := newAnswer(x, req, c)
+		a.attempt, a.wait, a.asked, a.trace = at, wait, began, trace
 		a.err = a.from(ctx)
-		a.timedOut = context.Cause(ctx) == errOutOfTime
+		cause := context.Cause(ctx)
+		a.timedOut, a.gaveUp = cause == errOutOfTime, cause == errNoFirstByte
+		a.lost = cause == errLost
 		a.finish()
 		if stale == maxStale || ctx.Err() != nil || !a.wasStale() {
 			return a
@@ -142,7 +255,7 @@ func (a *answer) from(ctx context.Context) (err error) {
 		WroteHeaders: func() { a.reached.Store(true) },
 	})
 	out := a.by.upstream.outbound(ctx, a.x.r)
-	a.x.trace.propagate(ctx, out.Header)
+	a.trace.propagate(ctx, out.Header)
 	parts, size := a.req.segmentsFor(a.by)
 	out.ContentLength = size
 	out.Header.Set("Content-Length", strconv.FormatInt(size, 10))

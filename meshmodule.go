@@ -87,6 +87,10 @@ type Handler struct {
 	// How long an upstream may take for its whole answer, unless the request says otherwise. Default: 5 minutes.
 	Timeout caddy.Duration `json:"timeout,omitempty"`
 
+	// How soon the answer of an upstream has to begin, a stream's with its first event, before the next one is asked.
+	// Default: only the timeout counts.
+	FirstByteTimeout caddy.Duration `json:"first_byte_timeout,omitempty"`
+
 	// How /v1/chat/compare works.
 	Compare *Compare `json:"compare,omitempty"`
 
@@ -105,6 +109,7 @@ type Handler struct {
 	models    modelTable
 	asks      *storeSeries
 	answers   *answerLength
+	pingEvery time.Duration
 	logger    *zap.Logger
 }
 
@@ -119,7 +124,7 @@ func (Handler) CaddyModule() caddy.ModuleInfo {
 // Provision sets up the handler. It opens nothing: see App.
 func (h *Handler) Provision(ctx caddy.Context) error {
 	h.logger = ctx.Logger()
-	h.answers = new(answerLength)
+	h.answers, h.pingEvery = new(answerLength), pingInterval
 	if err := h.check(); err != nil {
 		return err
 	}
@@ -194,6 +199,7 @@ func (h *Handler) start() error {
 		zap.Int("models", len(h.Models)),
 		zap.Int("upstreams", len(h.Upstreams)))
 	h.warnOfUnpriced()
+	h.warnOfDetached()
 	return nil
 }
 
@@ -245,6 +251,9 @@ func (h *Handler) check() error {
 	if h.Timeout < 0 {
 		return wrongf(nil, "timeout: %s is negative", time.Duration(h.Timeout))
 	}
+	if h.FirstByteTimeout < 0 {
+		return wrongf(nil, "first_byte_timeout: %s is negative", time.Duration(h.FirstByteTimeout))
+	}
 	upstreams := make(map[string]bool, len(h.Upstreams))
 	for i, u := range h.Upstreams {
 		if u == nil {
@@ -278,6 +287,9 @@ func (h *Handler) check() error {
 	table := newModelTable(h.Models, nil)
 	if h.DefaultModel != "" && table.find(h.DefaultModel) == nil {
 		return wrongf(&h.DefaultModel, "default_model: no model matches %s", h.DefaultModel)
+	}
+	if err := h.checkFallbacks(table); err != nil {
+		return err
 	}
 	if err := h.checkTemplates(table); err != nil {
 		return err

@@ -35,6 +35,8 @@ type gatewayMetrics struct {
 	duration   *prometheus.HistogramVec
 	streams    *prometheus.GaugeVec
 
+	openCircuits *prometheus.GaugeVec
+
 	admits      *prometheus.HistogramVec
 	storeErrors *prometheus.CounterVec
 	stores      storeCollector
@@ -78,6 +80,9 @@ func newCollectors() *gatewayMetrics {
 			"Of a chat request that was let through, when it ends, however it ends: from its arrival.",
 			answerBuckets, "model", "upstream"),
 		streams: gauge("open_streams", "Streams that an upstream has begun to answer and that have not ended.", "model", "upstream"),
+
+		openCircuits: gauge("open_circuits",
+			"Models of an upstream, by its own names for them, that are not asked because they have failed too often.", "upstream"),
 
 		admits: histogram("store_admit_duration_seconds",
 			"How long the store took to let a request through or refuse it.", admitBuckets, "store"),
@@ -124,7 +129,7 @@ func histogram(name, help string, buckets []float64, labels ...string) *promethe
 // register adds the metrics to a configuration's registry, unless another handler has done so.
 func (m *gatewayMetrics) register(registry prometheus.Registerer) error {
 	for _, c := range []prometheus.Collector{
-		m.requests, m.rejections, m.attempts, m.fallbacks, m.tokens, m.cost, m.firstToken, m.perToken, m.duration, m.streams,
+		m.requests, m.rejections, m.attempts, m.fallbacks, m.tokens, m.cost, m.firstToken, m.perToken, m.duration, m.streams, m.openCircuits,
 		m.admits, m.storeErrors, m.stores, m.keyRequests, m.keyRejections, m.keyTokens, m.keyCost,
 	} {
 		err := registry.Register(c)

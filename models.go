@@ -7,6 +7,9 @@ import (
 	"net/http"
 	"slices"
 	"strings"
+	"time"
+
+	"github.com/caddyserver/caddy/v2"
 )
 
 // Model is a name that clients may ask for, or a pattern of names, and who serves it.
@@ -29,6 +32,21 @@ type Model struct {
 	// conversation that is longer than context_length. Default: nothing.
 	Transforms []string `json:"transforms,omitempty"`
 
+	// Models to ask, in this order, where none of its upstreams answers and none of the models that the request names
+	// itself; after each of them, its own fallbacks. One that the key may not use is left out.
+	Fallback []string `json:"fallback,omitempty"`
+
+	// In which order its upstreams are asked: `first`, as they are written; `weighted`, by chance; `least_latency`, by how
+	// soon their answers have begun lately; `cheapest`, by what the request would cost there. Default: `first`.
+	Policy string `json:"policy,omitempty"`
+
+	// How soon the answer of each upstream has to begin. Default: the handler's.
+	FirstByteTimeout caddy.Duration `json:"first_byte_timeout,omitempty"`
+
+	// After how long without a sign of an answer the next upstream is asked too. The first that answers serves the request
+	// and is charged for, the other is stopped; but a provider may bill what it had begun. Default: never.
+	Hedge caddy.Duration `json:"hedge,omitempty"`
+
 	About
 }
 
@@ -39,6 +57,12 @@ type Target struct {
 
 	// What the model is called there. Default: its name without the first part, so that `openai/gpt-4o` is `gpt-4o`.
 	As string `json:"as,omitempty"`
+
+	// How often it is the first to be asked, compared with the others, under the policy `weighted`. Default: 1.
+	Weight int64 `json:"weight,omitempty"`
+
+	// What tokens cost there. Default: the model's price.
+	Price *Price `json:"price,omitempty"`
 }
 
 // Price is what requests cost, in USD, as decimal strings. Tokens have a price per million.
@@ -70,8 +94,17 @@ func (m *Model) check(upstreams map[string]bool) error {
 	if m.ContextLength < 0 {
 		return fmt.Errorf("context_length: %d is negative", m.ContextLength)
 	}
-	if p := m.Price; p != nil && (p.Input < 0 || p.Output < 0 || p.Request < 0 || p.Cached != nil && *p.Cached < 0) {
-		return errors.New("price: an amount is negative")
+	if err := m.Price.check(); err != nil {
+		return fmt.Errorf("price: %w", err)
+	}
+	if err := checkPolicy(m.Policy); err != nil {
+		return err
+	}
+	if m.Hedge < 0 {
+		return fmt.Errorf("hedge: %s is negative", time.Duration(m.Hedge))
+	}
+	if m.FirstByteTimeout < 0 {
+		return fmt.Errorf("first_byte_timeout: %s is negative", time.Duration(m.FirstByteTimeout))
 	}
 	if err := checkWords("transforms", m.Transforms, []string{middleOut}); err != nil {
 		return err
@@ -79,7 +112,8 @@ func (m *Model) check(upstreams map[string]bool) error {
 	if err := m.About.check(); err != nil {
 		return err
 	}
-	seen := make(map[Target]bool, len(m.Targets))
+	type place struct{ upstream, as string }
+	seen := make(map[place]bool, len(m.Targets))
 	for _, t := range m.Targets {
 		if t == nil {
 			return errNull
@@ -87,10 +121,16 @@ func (m *Model) check(upstreams map[string]bool) error {
 		if !upstreams[t.Upstream] {
 			return wrongf(t, "there is no upstream %q", t.Upstream)
 		}
-		if seen[*t] {
+		if seen[place{t.Upstream, t.As}] {
 			return wrongf(t, "upstream %s is given twice", t.Upstream)
 		}
-		seen[*t] = true
+		if err := t.Price.check(); err != nil {
+			return wrongf(t, "upstream %s: price: %w", t.Upstream, err)
+		}
+		if t.Weight < 0 || t.Weight > maxWeight {
+			return wrongf(t, "upstream %s: weight: %d is not between 1 and %d", t.Upstream, t.Weight, maxWeight)
+		}
+		seen[place{t.Upstream, t.As}] = true
 	}
 	return nil
 }
@@ -133,8 +173,9 @@ func matches(pattern, name string) bool {
 // modelTable finds the model that serves a name.
 type modelTable struct {
 	exact    map[string]*modelEntry
-	patterns []*modelEntry // the longest first
-	names    []*modelEntry // those with an exact name, in the configuration's order
+	patterns map[string]*modelEntry // by what stands before the *
+	lengths  []int                  // of the keys of patterns, the longest first
+	names    []*modelEntry          // those with an exact name, in the configuration's order
 }
 
 // modelEntry is a model with its targets' upstreams at hand.
@@ -144,24 +185,29 @@ type modelEntry struct {
 	series    []targetSeries
 	book      *priceBook   // of a pattern; nil where there is none
 	known     *listedModel // of a name, what the book says of it
+	fallbacks []fallbackModel
 }
 
 func newModelTable(models []*Model, upstreams map[string]*Upstream) modelTable {
-	t := modelTable{exact: make(map[string]*modelEntry, len(models))}
+	t := modelTable{exact: make(map[string]*modelEntry, len(models)), patterns: make(map[string]*modelEntry)}
 	for _, m := range models {
 		e := &modelEntry{Model: m, series: make([]targetSeries, len(m.Targets))}
 		for i, target := range m.Targets {
 			e.upstreams = append(e.upstreams, upstreams[target.Upstream])
 			e.series[i].model, e.series[i].upstream = m.Name, target.Upstream
 		}
-		if strings.HasSuffix(m.Name, "*") {
-			t.patterns = append(t.patterns, e)
+		if prefix, ok := strings.CutSuffix(m.Name, "*"); ok {
+			t.patterns[prefix] = e
+			t.lengths = append(t.lengths, len(prefix))
 			continue
 		}
 		t.exact[m.Name] = e
 		t.names = append(t.names, e)
 	}
-	slices.SortStableFunc(t.patterns, func(a, b *modelEntry) int { return cmp.Compare(len(b.Name), len(a.Name)) })
+	slices.Sort(t.lengths)
+	t.lengths = slices.Compact(t.lengths)
+	slices.Reverse(t.lengths)
+	t.linkFallbacks()
 	return t
 }
 
@@ -183,8 +229,11 @@ func (t modelTable) find(name string) *modelEntry {
 	if m := t.exact[name]; m != nil {
 		return m
 	}
-	for _, m := range t.patterns {
-		if matches(m.Name, name) {
+	for _, n := range t.lengths {
+		if n > len(name) {
+			continue
+		}
+		if m := t.patterns[name[:n]]; m != nil {
 			return m
 		}
 	}
@@ -200,6 +249,11 @@ type candidate struct {
 	middleOut bool   // messages are left out of what does not fit
 	context   int64  // how many tokens prompt and answer may have together; 0: not known
 	series    *targetSeries
+
+	weight    int64
+	firstByte time.Duration // 0: the handler's
+	hedge     time.Duration // 0: never
+	measured  bool          // its latency decides on the order
 }
 
 // unpriced reports whether a model has no price, or, of a pattern, whether it may cover a name that has none.
@@ -231,12 +285,19 @@ func (m *modelEntry) terms(name string) (price *Price, context int64) {
 	return price, context
 }
 
+// maxWeight keeps sums of weights from overflowing.
+const maxWeight = 1_000_000
+
 // candidates returns the ways to serve a model under a name, in order of preference.
 func (m *modelEntry) candidates(name string) []candidate {
 	list := make([]candidate, len(m.Targets))
 	price, context := m.terms(name)
 	for i, t := range m.Targets {
-		list[i] = candidate{model: name, price: price, upstream: m.upstreams[i], as: t.nameThere(name), context: context, middleOut: len(m.Transforms) > 0, series: &m.series[i]}
+		list[i] = candidate{
+			model: name, price: cmp.Or(t.Price, price), upstream: m.upstreams[i], as: t.nameThere(name),
+			context: context, middleOut: len(m.Transforms) > 0, series: &m.series[i], weight: max(t.Weight, 1),
+			firstByte: time.Duration(m.FirstByteTimeout), hedge: time.Duration(m.Hedge), measured: m.Policy == policyLeastLatency,
+		}
 	}
 	return list
 }
@@ -261,7 +322,12 @@ func (x *exchange) route(req *chatRequest) ([]candidate, *apiError) {
 	if refusal != nil {
 		return nil, refusal
 	}
-	return entry.candidates(name), nil
+	list := entry.candidates(name)
+	x.order(entry.Policy, req, list)
+	if len(req.fallbacks) == 0 && len(entry.fallbacks) == 0 {
+		return list, nil
+	}
+	return x.withFallbacks(req, list, entry.fallbacks)
 }
 
 // model returns the model of a name that the client asks for. One that the key may not use it returns too.

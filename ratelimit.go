@@ -17,7 +17,7 @@ func (x *exchange) admit(store Store, req *chatRequest, candidates []candidate) 
 	if limits.Hard && !bounded {
 		return errUnbounded
 	}
-	verdict, err := x.ask(store, Admission{
+	verdict, err := x.askStore(store, Admission{
 		KeyID:     x.key.id,
 		RequestID: x.event.RequestID,
 		Limits:    limits,
@@ -41,7 +41,7 @@ const (
 
 // ask asks the store, and again where too many requests are under way: a client that sends one after another has the
 // last byte of one a moment before the store hears that it has ended.
-func (x *exchange) ask(store Store, a Admission) (Verdict, error) {
+func (x *exchange) askStore(store Store, a Admission) (Verdict, error) {
 	ctx := x.r.Context()
 	for pause, waited := firstTurnPause, time.Duration(0); ; pause, waited = 2*pause, waited+pause {
 		verdict, err := x.h.asks.ask(ctx, store, a)

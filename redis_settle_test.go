@@ -5,6 +5,7 @@ import (
 	"math/rand/v2"
 	"os"
 	"path/filepath"
+	"reflect"
 	"strconv"
 	"sync"
 	"sync/atomic"
@@ -75,7 +76,7 @@ func TestEventComesBackWholeFromRedisAndItsUsageIsSummed(t *testing.T) {
 	}
 	want.Outcome, want.RequestID = OutcomeCompleted, newRequestID()
 	settleNow(t, s, want)
-	if got := readRedis(t, s, "key").ids[want.RequestID]; got != want {
+	if got := readRedis(t, s, "key").ids[want.RequestID]; !reflect.DeepEqual(got, want) {
 		t.Errorf("got  %+v\nwant %+v", got, want)
 	}
 	sums := map[string]string{

@@ -34,6 +34,10 @@ type Store interface {
 	// refused counts nowhere. An error means that the store could not be asked.
 	Admit(ctx context.Context, a Admission) (Verdict, error)
 
+	// Spent returns what a key has spent in the current period. It is asked only where another model than the first one
+	// is about to be asked on behalf of a key with a cap.
+	Spent(ctx context.Context, keyID string, period Period) (Money, error)
+
 	// Settle enters the end of an admitted request into the ledger and adds its cost to its key's spend: both or
 	// neither, and once for each request id, however often it is called. It does not wait for a disk or a network.
 	Settle(e Event)
@@ -136,6 +140,7 @@ type Event struct {
 	Status   int     `json:"status"`
 	Outcome  Outcome `json:"outcome"`
 	Error    string  `json:"error,omitempty"` // the code of the error the client got
+	Tried    []Tried `json:"tried,omitempty"` // what did not serve it, in order
 
 	PromptTokens     int64 `json:"prompt_tokens"`
 	CachedTokens     int64 `json:"cached_tokens,omitempty"` // part of PromptTokens

@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"reflect"
 	"slices"
 	"strings"
 	"sync"
@@ -226,7 +227,7 @@ func TestEventComesBackWhole(t *testing.T) {
 	}
 	s.Settle(want)
 	err := s.events(func(got Event) bool {
-		if got != want {
+		if !reflect.DeepEqual(got, want) {
 			t.Errorf("got  %+v\nwant %+v", got, want)
 		}
 		return true

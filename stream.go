@@ -14,10 +14,13 @@ type stream struct {
 	scan eventScanner
 	long bool // the event at hand is too long to be held
 
-	done     bool // [DONE] has come
-	answered bool // a choice has come
-	finished bool // a choice has said why it ended
-	failed   bool // the upstream has reported an error; nothing follows it
+	done     bool      // [DONE] has come
+	answered bool      // a choice has come
+	finished bool      // a choice has said why it ended
+	failed   bool      // the upstream has reported an error; nothing follows it
+	begun    bool      // an event has come that is no comment
+	content  bool      // one has come that is worth to be sent
+	fault    *apiError // the error it has reported
 }
 
 func newStream(a *answer) *stream { return &stream{a: a} }
@@ -62,6 +65,9 @@ func (s *stream) passAll(buf []byte) error {
 			start = end
 			continue
 		}
+		if s.failed && !s.content && s.a.isHeld() {
+			return errLast // another candidate is asked
+		}
 		if err := s.pass(buf[from:start], verdict.before, verdict.insert, verdict.after); err != nil {
 			return err
 		}
@@ -72,6 +78,9 @@ func (s *stream) passAll(buf []byte) error {
 	}
 	if err := s.pass(buf[from:start]); err != nil {
 		return err
+	}
+	if s.content || s.begun && s.a.hold != nil && !s.a.hold.forContent {
+		s.a.letGo()
 	}
 	return s.hold(buf[start:], start)
 }
@@ -124,8 +133,12 @@ func (s *stream) read(event []byte) verdict {
 	if len(payload) == 0 {
 		return passed // a comment, such as a ping
 	}
+	if !s.begun {
+		s.begun = true
+		s.a.begun()
+	}
 	if string(bytes.TrimSpace(payload)) == "[DONE]" {
-		s.done = true
+		s.done, s.content = true, true
 		return passed
 	}
 	result := &s.a.result
@@ -137,15 +150,17 @@ func (s *stream) read(event []byte) verdict {
 	if said.failed {
 		s.failed = true
 		e := inBand(payload)
+		s.fault = e
 		result.errorCode = e.code
 		return verdict{insert: e.frame(s.a.x.event.RequestID)}
 	}
-	s.a.x.trace.read(payload)
+	s.a.trace.read(payload)
 	s.answered = s.answered || said.choices > 0
 	if result.text.bytes > before {
-		s.a.x.firstByte()
+		s.a.firstByte()
 	}
 	s.finished = s.finished || said.finished
+	s.content = s.content || said.finished || said.hasUsage && said.choices > 0 || result.text.bytes > before
 	if !said.hasUsage {
 		return passed
 	}
@@ -181,7 +196,7 @@ func (s *stream) end() Outcome {
 		return OutcomeClientGone
 	case a.err == nil && s.finished:
 		return s.close(OutcomeCompleted, []byte("data: [DONE]\n\n"))
-	case a.timedOut:
+	case a.timedOut, a.gaveUp:
 		return s.closeWith(OutcomeTimeout, errUnfinished)
 	}
 	return s.closeWith(OutcomeCut, errCut)

@@ -111,6 +111,14 @@ func (t *requestTrace) beginAttempt(ctx context.Context, c *candidate) context.C
 	})
 }
 
+// beside returns a trace of the same request for an attempt that is made at the same time as others.
+func (t *requestTrace) beside() *requestTrace {
+	if t == nil {
+		return nil
+	}
+	return &requestTrace{span: t.span, content: t.content}
+}
+
 // propagate has the upstream's trace go on from the attempt's span. As Caddy's own, what goes out is W3C's trace context.
 func (t *requestTrace) propagate(ctx context.Context, header http.Header) {
 	if t != nil {

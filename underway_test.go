@@ -238,6 +238,8 @@ func (c *crowded) Admit(context.Context, Admission) (Verdict, error) {
 	return Verdict{Refused: LimitConcurrency, void: c.void}, nil
 }
 
+func (*crowded) Spent(context.Context, string, Period) (Money, error) { return 0, nil }
+
 func (*crowded) Settle(Event)    {}
 func (*crowded) Destruct() error { return nil }
 
@@ -245,12 +247,12 @@ func TestClientThatLeavesWaitsForNoTurn(t *testing.T) {
 	ctx, leave := context.WithCancel(t.Context())
 	x := &exchange{h: &Handler{asks: collectors.ofStore("local")}, r: httptest.NewRequestWithContext(ctx, http.MethodPost, chatPath, nil)}
 	store := new(crowded)
-	if v, err := x.ask(store, Admission{}); v.Refused != LimitConcurrency || err != nil || store.asked < 3 {
+	if v, err := x.askStore(store, Admission{}); v.Refused != LimitConcurrency || err != nil || store.asked < 3 {
 		t.Errorf("%+v, %v after %d times", v, err, store.asked)
 	}
 	leave()
 	store.asked = 0
-	if _, err := x.ask(store, Admission{}); err != nil || store.asked > 2 {
+	if _, err := x.askStore(store, Admission{}); err != nil || store.asked > 2 {
 		t.Errorf("%v after %d times", err, store.asked)
 	}
 }
@@ -268,7 +270,7 @@ func TestRequestThatRedisMayHaveCountedIsNotAskedForAgain(t *testing.T) {
 	}
 	x := &exchange{h: &Handler{asks: collectors.ofStore("local")}, r: httptest.NewRequest(http.MethodPost, chatPath, nil)}
 	store := &crowded{void: true}
-	if x.ask(store, Admission{}); store.asked != 1 {
+	if x.askStore(store, Admission{}); store.asked != 1 {
 		t.Errorf("asked %d times", store.asked)
 	}
 }

@@ -45,16 +45,21 @@ type Upstream struct {
 	// What becomes of a request whose client leaves before its end.
 	OnHangup *Hangup `json:"on_hangup,omitempty"`
 
+	// When it is left alone for a while because it fails.
+	Circuit *Circuit `json:"circuit,omitempty"`
+
 	// The handler that carries the request; normally `reverse_proxy`. Headers that it sets from
 	// `{http.request.header.*}` are those of the client's request, its key included.
 	HandlerRaw json.RawMessage `json:"handle,omitempty" caddy:"namespace=http.handlers inline_key=handler"`
 
-	handler caddyhttp.MiddlewareHandler
-	path    string      // of BasePath
-	query   string      // of BasePath
-	host    string      // of Headers
-	header  http.Header // resolved, the API key with it; nil where the handler's transport has them
+	handler  caddyhttp.MiddlewareHandler
+	path     string      // of BasePath
+	query    string      // of BasePath
+	host     string      // of Headers
+	detached bool        // reverse_proxy would not cancel it when the client leaves
+	header   http.Header // resolved, the API key with it; nil where the handler's transport has them
 
+	rules     *Circuit // of Circuit, with its defaults
 	health    *upstreamHealth
 	healthKey string // while the configuration lives
 }
@@ -72,6 +77,9 @@ func (u *Upstream) check() error {
 		if err := u.OnHangup.check(); err != nil {
 			return err
 		}
+	}
+	if err := u.Circuit.check(); err != nil {
+		return err
 	}
 	_, err := u.base()
 	return err
@@ -99,6 +107,7 @@ func (u *Upstream) provision(ctx caddy.Context) error {
 		u.OnHangup = new(Hangup)
 	}
 	u.OnHangup.provision()
+	u.rules = u.Circuit.withDefaults()
 	u.shareHealth()
 	header := make(http.Header, len(u.Headers)+1)
 	if u.APIKey != "" {
@@ -127,6 +136,7 @@ func (u *Upstream) provision(ctx caddy.Context) error {
 	}
 	u.handler = handler.(caddyhttp.MiddlewareHandler)
 	if proxy, ok := handler.(*reverseproxy.Handler); ok {
+		u.detached = proxy.FlushInterval < 0
 		proxy.Transport = &concealingTransport{RoundTripper: proxy.Transport, header: header, host: u.host}
 		return nil
 	}
