@@ -180,6 +180,10 @@ func (a *answer) commit() {
 	a.committed, a.unflushed = true, true
 	if a.stream != nil {
 		a.x.opened(a.by)
+		if a.probe { // others need not wait until it has ended
+			a.tellCircuit(signAlive)
+			a.probe = false
+		}
 		if a.race == nil {
 			a.req.forget()
 		}

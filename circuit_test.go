@@ -155,3 +155,31 @@ func BenchmarkCircuit(b *testing.B) {
 		u.circuit("gpt-4o").note(now, u.rules, signAlive, false)
 	}
 }
+
+// TestStreamThatBeginsClosesTheCircuit has the probe be a stream that goes on: who comes after it need not wait.
+func TestStreamThatBeginsClosesTheCircuit(t *testing.T) {
+	var well atomic.Bool
+	up := startUpstream(t, func(w http.ResponseWriter, r *http.Request) {
+		if !well.Load() {
+			answers(500, "application/json", `{}`)(w, r)
+			return
+		}
+		hangs(roleFrame+wordFrame)(w, r)
+	})
+	g := startGateway(t, up.address(), strings.Replace(site(""), "api_key sk-upstream", "circuit {\n\t\t\tfailures 1\n\t\t\trest 1s\n\t\t}", 1))
+	g.post(streamBody)
+	if r := g.post(streamBody); r.StatusCode != 503 {
+		t.Fatalf("%s %s", r.Status, r.body)
+	}
+	well.Store(true)
+	eventually(t, "a probe begins a stream", func() bool {
+		resp := g.send(http.MethodPost, "/v1/chat/completions", streamBody)
+		t.Cleanup(func() { resp.Body.Close() })
+		return resp.StatusCode == 200
+	})
+	resp := g.send(http.MethodPost, "/v1/chat/completions", streamBody)
+	defer resp.Body.Close()
+	if resp.StatusCode != 200 {
+		t.Errorf("beside the probe: %s", resp.Status)
+	}
+}
