@@ -4,7 +4,6 @@ import (
 	"bytes"
 	"context"
 	"encoding/json"
-	"errors"
 	"net/http"
 	"strings"
 	"time"
@@ -255,7 +254,5 @@ func contentText(content json.RawMessage) string {
 	}
 	return all.String()
 }
-
-var errClientLeft = errors.New("the client has left")
 
 var _ interface{ FlushError() error } = (*answerTaker)(nil)

@@ -1,6 +1,7 @@
 package mesh
 
 import (
+	"context"
 	"encoding/json"
 	"fmt"
 	"io"
@@ -363,12 +364,11 @@ func TestClientThatLeavesEndsEveryCall(t *testing.T) {
 	calls := 0
 	for _, stream := range []bool{false, true} {
 		before := len(up.received())
-		ctx := make(chan struct{})
-		req, _ := http.NewRequest(http.MethodPost, g.url+comparePath,
+		ctx, leave := context.WithCancel(t.Context())
+		req, _ := http.NewRequestWithContext(ctx, http.MethodPost, g.url+comparePath,
 			strings.NewReader(compareBody(`"paid/slow1","paid/slow2","paid/slow3"`, fmt.Sprintf(`,"skip_comparison":true,"stream":%t`, stream))))
 		req.Header.Set("Authorization", "Bearer "+testKey)
 		req.Header.Set("Content-Type", "application/json")
-		req.Cancel = ctx
 		done := make(chan struct{})
 		go func() {
 			defer close(done)
@@ -378,7 +378,7 @@ func TestClientThatLeavesEndsEveryCall(t *testing.T) {
 			}
 		}()
 		eventually(t, "all are asked", func() bool { return len(up.received()) == before+3 })
-		close(ctx)
+		leave()
 		<-done
 		calls += 3
 		for _, e := range g.ledger(calls)[calls-3:] {

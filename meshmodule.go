@@ -30,7 +30,7 @@ const (
 )
 
 // Handler turns a site into an LLM gateway: clients send OpenAI's chat completions with a key of the gateway's, and
-// the upstream of the model they ask for answers them. It serves `/v1/chat/completions`, `/v1/chat/compare` and `/v1/models`; every
+// the upstream of the model they ask for answers them. It serves `/v1/chat/completions`, `/v1/chat/compare`, `/v1/templates`, `/v1/usage` and `/v1/models`; every
 // other path, and OPTIONS, goes to the next handler.
 //
 // It sets these placeholders, which the access log shows as the object `mesh` as well:
