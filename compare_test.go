@@ -451,6 +451,31 @@ func TestModelsStreamAsTheyCome(t *testing.T) {
 	}
 }
 
+func TestComparisonExpandsATemplateForEachModel(t *testing.T) {
+	up := compared(t)
+	g := compareGateway(t, up, "\ttemplate t {\n\t\tsystem \"You are {{who}}.\"\n\t\tparams seed 7\n\t}\n")
+	g.compare(`{"models":["test/a","test/b"],"messages":[],"template":"t","variables":{"who":"{{x}}\""},"skip_comparison":true}`).comparison(t)
+	received := up.received()
+	if len(received) != 2 {
+		t.Fatalf("%d calls", len(received))
+	}
+	for _, r := range received {
+		if want := `"messages":[{"role":"system","content":"You are {{x}}\"."}],"seed":7}`; !strings.HasSuffix(string(r.body), want) {
+			t.Errorf("sent %s", r.body)
+		}
+	}
+	for body, want := range map[string]int{
+		`{"models":["test/a","test/b"],"messages":[],"template":"t"}`:      422,
+		`{"models":["test/a","test/b"],"messages":[],"template":"nobody"}`: 404,
+		`{"models":["test/a","test/b"],"messages":[]}`:                     422,
+		`{"models":["test/a","test/b"]}`:                                   422,
+	} {
+		if r := g.compare(body); r.StatusCode != want || len(up.received()) != 2 {
+			t.Errorf("%s: %s %s", body, r.Status, r.body)
+		}
+	}
+}
+
 func TestHardCapHoldsInAComparison(t *testing.T) {
 	up := compared(t)
 	g := startGateway(t, up.address(), "mesh {\nstore local $DIR/mesh.db\nkey "+testKey+" {\nspend_cap_usd 0.03 hard\n}\nupstream up http://$UPSTREAM/v1\n"+
