@@ -478,7 +478,7 @@ func TestComparisonExpandsATemplateForEachModel(t *testing.T) {
 
 func TestHardCapHoldsInAComparison(t *testing.T) {
 	up := compared(t)
-	g := startGateway(t, up.address(), "mesh {\nstore local $DIR/mesh.db\nkey "+testKey+" {\nspend_cap_usd 0.03 hard\n}\nupstream up http://$UPSTREAM/v1\n"+
+	g := startGateway(t, up.address(), "mesh {\nstore local $DIR/mesh.db\nkey "+testKey+" {\nspend_cap_usd 0.02 hard\n}\nupstream up http://$UPSTREAM/v1\n"+ // room for two, whether they run at once or in turn
 		"model paid/* up {\nprice 2.50 10.00\n}\ndefault_model paid/plain\n}")
 	c := g.compare(compareBody(`"paid/a","paid/b","paid/c","paid/d"`, `,"skip_comparison":true,"max_tokens":1000`)).comparison(t)
 	refused := 0

@@ -1,6 +1,7 @@
 package mesh
 
 import (
+	"net/http"
 	"os"
 	"regexp"
 	"strings"
@@ -40,7 +41,7 @@ func readmeCommands(t testing.TB, section string) (all []readmeCommand) {
 }
 
 var (
-	madeUp = regexp.MustCompile(`(key|rsk)_[0-9A-Z]{26}`)
+	madeUp = regexp.MustCompile(`(key|rsk)_[0-9A-Z]{26}|[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}`)
 	uuids  = regexp.MustCompile(`[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}`)
 	day    = regexp.MustCompile(`(?m)^\d{4}-\d\d-\d\d,`)
 	moment = regexp.MustCompile(`\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d+)?Z`)
@@ -78,6 +79,24 @@ func TestCommandsOfTheReadmePrintWhatItShows(t *testing.T) {
 	})
 }
 
+// curl asks the admin endpoint as a command line of curl would, and returns what that prints.
+func (p *process) curl(words []string, line string) (output string) {
+	p.t.Helper()
+	method := http.MethodGet
+	_, body, sends := strings.Cut(line, " -d ")
+	if sends {
+		method = http.MethodPost
+	}
+	if words[1] == "-X" {
+		method, words = words[2], words[2:]
+	}
+	_, output = p.ask(method, strings.TrimPrefix(words[1], "localhost:2019"), body)
+	if output = strings.TrimSpace(output); output != "" {
+		output += "\n"
+	}
+	return output
+}
+
 // runReadme runs the commands of a section, of which there are at least so many.
 func (p *process) runReadme(section string, atLeast int) {
 	t := p.t
@@ -95,9 +114,7 @@ func (p *process) runReadme(section string, atLeast int) {
 			p.file(words[1], command.prints)
 			continue
 		case words[0] == "curl":
-			_, body, _ := strings.Cut(line, " -d ")
-			_, output = p.ask("POST", strings.TrimPrefix(words[1], "localhost:2019"), body)
-			output = strings.TrimSpace(output) + "\n"
+			output = p.curl(words, line)
 		default:
 			output = p.mustMesh(words[2:]...)
 		}
