@@ -58,6 +58,8 @@ type comparison struct {
 	calls   []*compareCall
 	results []compareResult // in the order of the models
 
+	pinging sync.WaitGroup
+
 	judge    *compareCall // the one that compared; nil where none did
 	fallback bool         // and it was not the comparison model
 }
@@ -87,6 +89,8 @@ func (x *exchange) compare() *apiError {
 		started: time.Now(),
 		limit:   min(time.Duration(config.Timeout), time.Duration(x.h.Timeout)),
 	}
+	defer c.pinging.Wait()
+	defer cancel()
 	if refusal := c.prepare(config.Model); refusal != nil {
 		return refusal
 	}
@@ -184,9 +188,15 @@ func (c *comparison) end(out *compareStream, failed *apiError) *apiError {
 func (c *comparison) answerAll(store Store, out *compareStream) {
 	c.results = make([]compareResult, len(c.calls))
 	var running sync.WaitGroup
+	panics := make(chan any, len(c.calls))
 	for i, call := range c.calls {
 		call.taker.delta = out.deltasOf(call)
 		running.Go(func() {
+			defer func() {
+				if p := recover(); p != nil { // net/http keeps one from ending the process on the request's goroutine only
+					panics <- p
+				}
+			}()
 			if i == 0 {
 				call.run(store)
 			} else {
@@ -197,6 +207,11 @@ func (c *comparison) answerAll(store Store, out *compareStream) {
 		})
 	}
 	running.Wait()
+	select {
+	case p := <-panics:
+		panic(p)
+	default:
+	}
 }
 
 // answered returns the results that are answers.

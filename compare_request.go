@@ -136,6 +136,10 @@ func (p *compareParser) models() {
 	isList := p.peek() == '['
 	n := p.list(func(*parser) {
 		name, ok := p.text()
+		if ok && len(name) == 0 {
+			p.faultf("string_too_short", "String should have at least 1 character")
+			return
+		}
 		if ok && !slices.Contains(p.req.models, string(name)) {
 			p.req.models = append(p.req.models, string(name))
 		}

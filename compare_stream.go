@@ -3,6 +3,7 @@ package mesh
 import (
 	"net/http"
 	"sync"
+	"time"
 )
 
 // compareStream is the answer to a comparison as it goes on: events, each with its name in its data too.
@@ -16,8 +17,29 @@ import (
 type compareStream struct {
 	c *comparison
 
-	mu   sync.Mutex // held while an event is written
-	gone error      // why nothing more can be written
+	mu    sync.Mutex // held while an event is written
+	gone  error      // why nothing more can be written
+	wrote time.Time  // last
+}
+
+// keepAlive tells the client that its request is alive, whenever it has heard nothing for a while. It ends with the
+// comparison.
+func (s *compareStream) keepAlive(every time.Duration) {
+	ticker := time.NewTicker(every / 4)
+	defer ticker.Stop()
+	for {
+		select {
+		case <-ticker.C:
+			s.mu.Lock()
+			silent := time.Since(s.wrote) >= every
+			s.mu.Unlock()
+			if silent {
+				s.write(": ping\n\n") //nolint:errcheck // the context tells of a client that has left
+			}
+		case <-s.c.ctx.Done():
+			return
+		}
+	}
 }
 
 // openStream begins the answer. There is nothing to wait for: whatever happens now is told in events.
@@ -32,6 +54,7 @@ func (c *comparison) openStream() *compareStream {
 		"comparison_id": c.id, "object": "compare.completion.chunk", "created": c.started.Unix(),
 		"models": c.req.models, "skip_comparison": c.req.skip,
 	})
+	c.pinging.Go(func() { s.keepAlive(c.x.h.pingEvery) })
 	return s
 }
 
@@ -51,6 +74,7 @@ func (s *compareStream) write(text string) error {
 	if s.gone != nil {
 		return s.gone
 	}
+	s.wrote = time.Now()
 	if _, s.gone = s.c.x.w.Write([]byte(text)); s.gone == nil {
 		s.gone = http.NewResponseController(s.c.x.w).Flush()
 	}

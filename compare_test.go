@@ -465,10 +465,11 @@ func TestComparisonExpandsATemplateForEachModel(t *testing.T) {
 		}
 	}
 	for body, want := range map[string]int{
-		`{"models":["test/a","test/b"],"messages":[],"template":"t"}`:      422,
-		`{"models":["test/a","test/b"],"messages":[],"template":"nobody"}`: 404,
-		`{"models":["test/a","test/b"],"messages":[]}`:                     422,
-		`{"models":["test/a","test/b"]}`:                                   422,
+		`{"models":["test/a","test/b"],"messages":[],"template":"t"}`:         422,
+		`{"models":["test/a","test/b"],"messages":[],"template":"nobody"}`:    404,
+		`{"models":["test/a","test/b"],"messages":[]}`:                        422,
+		`{"models":["test/a","test/b"]}`:                                      422,
+		`{"models":["test/a",""],"messages":[{"role":"user","content":"x"}]}`: 422,
 	} {
 		if r := g.compare(body); r.StatusCode != want || len(up.received()) != 2 {
 			t.Errorf("%s: %s %s", body, r.Status, r.body)
@@ -489,6 +490,31 @@ func TestHardCapHoldsInAComparison(t *testing.T) {
 	}
 	if refused == 0 || refused == 4 || !c.Partial {
 		t.Errorf("%d of 4 refused: %+v", refused, c.Results)
+	}
+}
+
+// TestHandlerThatPanicsEndsOneComparisonOnly would end the process of the test otherwise.
+func TestHandlerThatPanicsEndsOneComparisonOnly(t *testing.T) {
+	h := new(Handler) // has nothing that a call needs
+	first := &compareCall{model: "a", taker: new(answerTaker), x: &exchange{h: h}}
+	c := &comparison{calls: []*compareCall{first}, x: &exchange{h: h}, req: new(compareRequest)}
+	defer func() {
+		if recover() == nil {
+			t.Error("the panic was lost")
+		}
+	}()
+	c.answerAll(nil, nil)
+}
+
+func TestSilentComparisonSaysThatItIsAlive(t *testing.T) {
+	pingEvery(t, 40*time.Millisecond)
+	up := startUpstream(t, func(w http.ResponseWriter, r *http.Request) {
+		time.Sleep(300 * time.Millisecond)
+		answers(200, "application/json", completion)(w, r)
+	})
+	r := compareGateway(t, up, "").compare(compareBody(`"test/a","test/b"`, `,"stream":true`))
+	if text := string(r.body); !strings.Contains(text, "\n\n: ping\n\n") || !strings.HasSuffix(text, "data: [DONE]\n\n") {
+		t.Errorf("%s", text)
 	}
 }
 

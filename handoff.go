@@ -230,7 +230,7 @@ func (x *exchange) try(req *chatRequest, c *candidate, at attempt, deadline time
 		a.err = a.from(ctx)
 		cause := context.Cause(ctx)
 		a.timedOut, a.gaveUp = cause == errOutOfTime, cause == errNoFirstByte
-		a.lost = cause == errLost
+		a.lost = a.lost || cause == errLost
 		a.finish()
 		if stale == maxStale || ctx.Err() != nil || !a.wasStale() {
 			return a

@@ -45,7 +45,8 @@ func (a *answer) claim() bool {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	if r.decided {
-		return r.winner == a
+		a.lost = r.winner != a
+		return !a.lost
 	}
 	r.decided, r.winner = true, a
 	a.x.event.Upstream = a.by.upstream.Name
@@ -136,7 +137,8 @@ func (x *exchange) hedged(store Store, req *chatRequest, candidates []candidate,
 				continue
 			}
 			answers = append(answers, end.answer)
-			if x.isFinal(end.answer) {
+			// where the second is refused, the first may yet answer
+			if x.isFinal(end.answer) && (end.answer.runner == 0 || r.running == 0) {
 				r.decide()
 				r.stop(nil)
 			}
@@ -173,6 +175,11 @@ func (x *exchange) isFinal(a *answer) bool {
 
 // inOrder puts the answer that decides on the request last, and has the others count as lost if there is one.
 func (x *exchange) inOrder(answers []*answer) []*answer {
+	for i := range answers {
+		if answers[i].committed { // before one that was refused meanwhile
+			answers[0], answers[i] = answers[i], answers[0]
+		}
+	}
 	for i, a := range answers {
 		if !a.committed && !x.isFinal(a) {
 			continue

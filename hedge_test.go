@@ -127,3 +127,50 @@ func countOf(text string) int {
 	}
 	return n
 }
+
+func TestSecondThatIsRefusedDoesNotStopTheFirst(t *testing.T) {
+	refused := make(chan struct{})
+	first := startUpstream(t, func(w http.ResponseWriter, r *http.Request) {
+		<-refused
+		answers(200, "application/json", completion)(w, r)
+	})
+	second := startUpstream(t, func(w http.ResponseWriter, r *http.Request) {
+		answers(400, "application/json", `{"error":{"message":"too long","code":"context_length_exceeded"}}`)(w, r)
+		time.AfterFunc(200*time.Millisecond, func() { close(refused) })
+	})
+	g := startGateway(t, second.address(), twoSites(first.address(), "\t\tfallback test/second\n\t\thedge 20ms"))
+	r := g.post(strings.Replace(chatBody, "test/plain", "test/first", 1))
+	if r.StatusCode != 200 || r.Header.Get("X-Mesh-Routing-Model") != "test/first" || r.Header.Get("X-Mesh-Routing-Attempts") != "2" {
+		t.Errorf("%s %v %s", r.Status, r.Header, r.body)
+	}
+}
+
+// TestCloseLoserIsNoFailure releases both at the same moment.
+func TestCloseLoserIsNoFailure(t *testing.T) {
+	big := strings.Replace(completion, `"choices"`, `"pad":"`+strings.Repeat("x", 1<<20)+`","choices"`, 1)
+	ready := make(chan chan struct{}, 1)
+	first := startUpstream(t, func(w http.ResponseWriter, r *http.Request) {
+		release := make(chan struct{})
+		ready <- release
+		<-release
+		answers(200, "application/json", big)(w, r)
+	})
+	second := startUpstream(t, func(w http.ResponseWriter, r *http.Request) {
+		close(<-ready)
+		answers(200, "application/json", big)(w, r)
+	})
+	g := startGateway(t, second.address(), twoSites(first.address(), "\t\tfallback test/second\n\t\thedge 10ms"))
+	const n = 20
+	for range n {
+		if r := g.post(strings.Replace(chatBody, "test/plain", "test/first", 1)); r.StatusCode != 200 {
+			t.Fatalf("%s %.200s", r.Status, r.body)
+		}
+	}
+	for _, e := range g.ledger(n) {
+		for _, other := range e.Tried {
+			if other.Reason != "hedge_lost" {
+				t.Errorf("%+v", e.Tried)
+			}
+		}
+	}
+}

@@ -184,7 +184,9 @@ func (s *redisKeys) changeManaged(ctx context.Context, id string, change func(*S
 			s.announce(ctx, p, append(was.secrets(), k.secrets()...)...)
 			return nil
 		})
-		before, changed = &was, k
+		if err == nil {
+			before, changed = &was, k
+		}
 		return err
 	})
 	if err != nil || changed == nil {

@@ -111,6 +111,9 @@ const (
 func (x *exchange) pending(req *chatRequest, candidates []candidate, maxCost Money) Event {
 	e, first := x.event, candidates[0]
 	e.PromptTokens = req.prompt.quickEstimate()
+	if req.wantsMiddleOut(&first) {
+		e.PromptTokens = min(e.PromptTokens, first.context)
+	}
 	e.CompletionTokens = req.expectedAnswer(first, e.PromptTokens, x.h.answers.tokens())
 	e.Cost = first.price.cost(usage{prompt: e.PromptTokens, completion: e.CompletionTokens})
 	if e.MaxCost = maxCost; maxCost > 0 {

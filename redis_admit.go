@@ -217,6 +217,9 @@ func (s *redisStore) remember(a Admission, admitted bool, b balance, now time.Ti
 	if s.unsettled() {
 		b.keepSpend(&account.balance)
 	}
+	if a.Limits.TPM == 0 { // Redis was not asked for them
+		b.Tokens = account.balance.Tokens
+	}
 	account.balance = b
 	account.reserved.release(a.RequestID)
 	spend, _ = b.spent(now, a.Limits.SpendPeriod)

@@ -48,6 +48,9 @@ func (x *exchange) settle(store Store, req *chatRequest, s *served) {
 	if !s.known && s.prompt {
 		u = usage{prompt: req.prompt.estimate(req.body), completion: s.text.estimate()}
 		e.Estimated = true
+		if s.by != nil && req.wantsMiddleOut(s.by) { // more than that was not sent
+			u.prompt = min(u.prompt, s.by.context)
+		}
 	}
 	e.PromptTokens, e.CachedTokens, e.CompletionTokens = u.prompt, u.cached, u.completion
 	if s.by != nil {
