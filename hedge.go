@@ -61,12 +61,12 @@ func (r *race) decide() {
 	r.decided = true
 }
 
-// start has another candidate join, unless the race is decided. begin is called before it does.
-func (r *race) start(begin func(), run func(context.Context) *answer) {
+// start has another candidate join, unless the race is decided, and reports whether it did. begin is called before.
+func (r *race) start(begin func(), run func(context.Context) *answer) bool {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	if r.decided {
-		return
+		return false
 	}
 	begin()
 	ctx, quit := context.WithCancel(context.Background())
@@ -83,6 +83,7 @@ func (r *race) start(begin func(), run func(context.Context) *answer) {
 		}()
 		end.answer = run(ctx)
 	}()
+	return true
 }
 
 // stop stops all but one, which may be none of them.
@@ -103,9 +104,9 @@ type raceEnd struct {
 // hedged asks a candidate, and the next one too if the first has not begun to answer after a while.
 func (x *exchange) hedged(store Store, req *chatRequest, candidates []candidate, at attempt, deadline time.Time) []*answer {
 	r := &race{begun: make(chan struct{}), claims: make(chan *answer, 1), ends: make(chan raceEnd, 2)}
-	run := func(at attempt, begin func()) {
+	run := func(at attempt, begin func()) bool {
 		at.race, at.last, at.runner = r, !req.stream, len(r.quits)
-		r.start(begin, func(quit context.Context) *answer {
+		return r.start(begin, func(quit context.Context) *answer {
 			at.quit = quit
 			return x.try(req, &candidates[at.place], at, deadline)
 		})
@@ -124,7 +125,10 @@ func (x *exchange) hedged(store Store, req *chatRequest, candidates []candidate,
 		case <-hedge:
 			hedge = nil
 			if second, ok := x.second(store, candidates, at.place); ok {
-				run(second, func() { x.begin(&candidates[second.place]) })
+				c := &candidates[second.place]
+				if !run(second, func() { x.begin(c) }) && second.probe { // which another request may make then
+					c.upstream.circuit(c.as).note(time.Now(), c.upstream.rules, signNone, true)
+				}
 			}
 		case winner = <-r.claims:
 			r.stop(winner)
