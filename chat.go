@@ -7,7 +7,6 @@ import (
 	"slices"
 	"strconv"
 	"time"
-	"unicode/utf8"
 )
 
 // maxRequestDepth is how deep a request's JSON may nest.
@@ -94,22 +93,9 @@ func (r *chatRequest) forget() {
 
 // parseChat reads and checks a request's body in one pass. All faults are reported at once.
 func parseChat(body []byte) (*chatRequest, *apiError) {
-	if !utf8.Valid(body) {
-		return nil, errorf(http.StatusBadRequest, "invalid_request", "The request body is not valid UTF-8.")
-	}
 	p := &parser{cursor: cursor{data: body, maxDepth: maxRequestDepth}, req: &chatRequest{body: body}}
-	if b := p.peek(); b != '{' {
-		p.skip()
-		p.end()
-		if p.err == nil {
-			return nil, errorf(http.StatusBadRequest, "invalid_request", "The request body must be a JSON object.")
-		}
-	} else {
-		p.object()
-		p.end()
-	}
-	if p.err != nil {
-		return nil, errorf(http.StatusBadRequest, "invalid_request", "The request body is not valid JSON: %s.", p.err)
+	if refusal := p.wholeObject((*parser).object); refusal != nil {
+		return nil, refusal
 	}
 	if len(p.faults) > 0 {
 		return nil, validationError(p.faults)

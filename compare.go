@@ -82,15 +82,16 @@ func (x *exchange) compare() *apiError {
 	x.event.SessionID, x.event.Stream = req.sessionID, req.stream
 	req.instructions = cmp.Or(req.instructions, config.Instructions)
 	ctx, cancel := context.WithCancel(x.r.Context())
-	defer cancel() // the calls that are left when the client is not
 	c := &comparison{
 		x: x, ctx: ctx, req: req,
 		id:      "cmp_" + ulid.Make().String(),
 		started: time.Now(),
 		limit:   min(time.Duration(config.Timeout), time.Duration(x.h.Timeout)),
 	}
-	defer c.pinging.Wait()
-	defer cancel()
+	defer func() {
+		cancel() // what is left of it
+		c.pinging.Wait()
+	}()
 	if refusal := c.prepare(config.Model); refusal != nil {
 		return refusal
 	}

@@ -3,10 +3,8 @@ package mesh
 import (
 	"encoding/json"
 	"math"
-	"net/http"
 	"slices"
 	"strconv"
-	"unicode/utf8"
 )
 
 // compareRequest is a request to /v1/chat/compare that has passed every check.
@@ -56,27 +54,14 @@ type namedOverride struct {
 
 // parseCompare reads and checks a request's body. All faults are reported at once.
 func parseCompare(body []byte, limit int) (*compareRequest, *apiError) {
-	if !utf8.Valid(body) {
-		return nil, errorf(http.StatusBadRequest, "invalid_request", "The request body is not valid UTF-8.")
-	}
 	p := &compareParser{
 		parser: &parser{cursor: cursor{data: body, maxDepth: maxRequestDepth}, req: &chatRequest{body: body}},
 		req:    new(compareRequest),
 		limit:  limit,
 	}
-	isObject := p.peek() == '{'
 	var given uint64
-	if isObject {
-		given, _, _ = p.fields(compareFields, p.member)
-	} else {
-		p.skip()
-	}
-	p.end()
-	switch {
-	case p.err != nil:
-		return nil, errorf(http.StatusBadRequest, "invalid_request", "The request body is not valid JSON: %s.", p.err)
-	case !isObject:
-		return nil, errorf(http.StatusBadRequest, "invalid_request", "The request body must be a JSON object.")
+	if refusal := p.wholeObject(func(*parser) { given, _, _ = p.fields(compareFields, p.member) }); refusal != nil {
+		return nil, refusal
 	}
 	p.require(compareFields, 2, given)
 	p.checkOverrides()

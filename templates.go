@@ -4,10 +4,8 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"net/http"
 	"strconv"
 	"time"
-	"unicode/utf8"
 
 	"github.com/google/uuid"
 )
@@ -99,24 +97,15 @@ func (d *templateDraft) gave(name string) bool {
 
 // parseTemplate reads and checks a template. All faults are reported at once.
 func parseTemplate(body []byte) (*templateDraft, *apiError) {
-	if !utf8.Valid(body) {
-		return nil, errorf(http.StatusBadRequest, "invalid_request", "The request body is not valid UTF-8.")
-	}
 	p := &parser{cursor: cursor{data: body, maxDepth: maxRequestDepth}, req: &chatRequest{body: body}}
 	d := new(templateDraft)
-	isObject := p.peek() == '{'
-	if isObject {
+	refusal := p.wholeObject(func(p *parser) {
 		d.given, d.null, _ = p.fields(templateFields, func(i int) { p.templateMember(templateFields[i], d) })
-	} else {
-		p.skip()
+	})
+	if refusal != nil {
+		return nil, refusal
 	}
-	p.end()
-	switch {
-	case p.err != nil:
-		return nil, errorf(http.StatusBadRequest, "invalid_request", "The request body is not valid JSON: %s.", p.err)
-	case !isObject:
-		return nil, errorf(http.StatusBadRequest, "invalid_request", "The request body must be a JSON object.")
-	case len(p.faults) > 0:
+	if len(p.faults) > 0 {
 		return nil, validationError(p.faults)
 	}
 	return d, nil

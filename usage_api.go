@@ -8,7 +8,6 @@ import (
 	"strconv"
 	"strings"
 	"time"
-	"unicode/utf8"
 )
 
 const (
@@ -35,23 +34,11 @@ var usageFields = []string{"since", "until", "model", "status", "session_id", "g
 
 // parseUsage reads and checks a request's body, which may be empty. All faults are reported at once.
 func parseUsage(body []byte) (*usageRequest, *apiError) {
-	if !utf8.Valid(body) {
-		return nil, errorf(http.StatusBadRequest, "invalid_request", "The request body is not valid UTF-8.")
-	}
 	u := &usageRequest{limit: defaultEvents}
 	p := &parser{cursor: cursor{data: body, maxDepth: maxRequestDepth}}
-	isObject := p.peek() == '{'
-	if isObject {
-		p.fields(usageFields, func(i int) { p.usageMember(usageFields[i], u) })
-	} else {
-		p.skip()
-	}
-	p.end()
-	switch {
-	case p.err != nil:
-		return nil, errorf(http.StatusBadRequest, "invalid_request", "The request body is not valid JSON: %s.", p.err)
-	case !isObject:
-		return nil, errorf(http.StatusBadRequest, "invalid_request", "The request body must be a JSON object.")
+	refusal := p.wholeObject(func(p *parser) { p.fields(usageFields, func(i int) { p.usageMember(usageFields[i], u) }) })
+	if refusal != nil {
+		return nil, refusal
 	}
 	if !u.since.IsZero() && !u.until.IsZero() && u.until.Before(u.since) {
 		p.at("until").faultf("value_error", "Value error, until is before since")

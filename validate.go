@@ -3,6 +3,7 @@ package mesh
 import (
 	"bytes"
 	"math"
+	"net/http"
 	"strconv"
 	"strings"
 	"unicode/utf8"
@@ -29,6 +30,28 @@ type parser struct {
 		include span // the value of include_usage; nothing where it was not given
 		twin    bool // include_usage in another letter case was given
 	}
+}
+
+// wholeObject consumes the whole body, which has to be an object, and hands that to object. The faults it finds are left to
+// the caller.
+func (p *parser) wholeObject(object func(*parser)) *apiError {
+	if !utf8.Valid(p.data) {
+		return errorf(http.StatusBadRequest, "invalid_request", "The request body is not valid UTF-8.")
+	}
+	isObject := p.peek() == '{'
+	if isObject {
+		object(p)
+	} else {
+		p.skip()
+	}
+	p.end()
+	switch {
+	case p.err != nil:
+		return errorf(http.StatusBadRequest, "invalid_request", "The request body is not valid JSON: %s.", p.err)
+	case !isObject:
+		return errorf(http.StatusBadRequest, "invalid_request", "The request body must be a JSON object.")
+	}
+	return nil
 }
 
 // step leads from a value to one in it: to a member, or to an element where element is not negative.
