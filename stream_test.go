@@ -364,6 +364,7 @@ func passThrough(pieces ...[]byte) []byte {
 	w := &recorder{header: make(http.Header)}
 	x := &exchange{w: w, r: new(http.Request), h: &Handler{logger: zap.NewNop()}}
 	a := newAnswer(x, &chatRequest{stream: true}, &candidate{upstream: new(Upstream), price: &Price{Input: usd}})
+	a.last = true // nothing is held back, so no timer is left behind that would let it go
 	a.header.Set("Content-Type", "text/event-stream")
 	a.WriteHeader(http.StatusOK)
 	for _, p := range pieces {
