@@ -180,7 +180,7 @@ func (k *keysRequest) warnings(terms *Key) (all []string) {
 		}
 	}
 	name := terms.DefaultModel
-	if name != "" && !slices.ContainsFunc(k.handlers, func(h *Handler) bool { return h.models.find(name) != nil }) {
+	if name != "" && !slices.ContainsFunc(k.handlers, func(h *Handler) bool { return h.models.knows(name) }) {
 		all = append(all, fmt.Sprintf("default_model: the running configuration has no model %s", name))
 	}
 	return all

@@ -255,6 +255,10 @@ func (a *answer) finish() {
 	if !a.claim() {
 		return
 	}
+	if a.x.auto != nil {
+		body = a.x.auto.mark(body, said)
+		said = readAnswer(body, nil)
+	}
 	insert, at, until := said.costEdit(a.by.price)
 	a.header.Set("Content-Type", "application/json")
 	a.x.w.Header().Set("Content-Length", strconv.Itoa(len(body)-(until-at)+len(insert)))

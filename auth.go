@@ -92,7 +92,7 @@ func (k *Key) check(models modelTable) error {
 	if err := k.checkTerms(); err != nil {
 		return err
 	}
-	if k.DefaultModel != "" && models.find(k.DefaultModel) == nil {
+	if k.DefaultModel != "" && !models.knows(k.DefaultModel) {
 		return fmt.Errorf("default_model: no model matches %s", k.DefaultModel)
 	}
 	return nil

@@ -92,6 +92,13 @@ import (
 //			max_models   <number>
 //			timeout      <duration>
 //		}
+//		auto {
+//			classifier <model>
+//			candidate  <model> <description>
+//			timeout    <duration>
+//			default    <model>
+//			max_tokens <number>
+//		}
 //		max_body_size <size>
 //		timeout       <duration>
 //		first_byte_timeout <duration>
@@ -126,6 +133,7 @@ func parseCaddyfile(helper httpcaddyfile.Helper) (caddyhttp.MiddlewareHandler, e
 		"template":           {parse: func() error { return p.template(h) }, many: true},
 		"templates":          {parse: func() error { return p.templateFiles(h) }, many: true},
 		"compare":            {parse: func() error { return p.compare(h) }},
+		"auto":               {parse: func() error { return p.auto(h) }},
 		"metrics":            {parse: func() error { return p.metrics(h) }},
 		"tracing":            {parse: func() error { return p.tracing(h) }},
 		"first_byte_timeout": {parse: func() error { return p.duration(&h.FirstByteTimeout) }},

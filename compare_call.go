@@ -26,12 +26,22 @@ type compareCall struct {
 
 // newCall returns a call with a body as a client would send it.
 func (c *comparison) newCall(model string, body []byte) *compareCall {
-	call := &compareCall{model: model, taker: &answerTaker{header: make(http.Header)}}
-	call.x = c.x.call(c.ctx, call.taker)
+	call := c.x.newCall(c.ctx, model, c.limit)
 	call.x.event.ComparisonID = c.id
-	call.x.limit = c.limit
-	call.req, call.candidates, call.refusal = call.x.prepare(body)
+	call.prepare(body)
 	return call
+}
+
+// newCall returns a call that may take as long as limit, and that has yet to be prepared.
+func (x *exchange) newCall(ctx context.Context, model string, limit time.Duration) *compareCall {
+	call := &compareCall{model: model, taker: &answerTaker{header: make(http.Header)}}
+	call.x = x.call(ctx, call.taker)
+	call.x.limit = limit
+	return call
+}
+
+func (c *compareCall) prepare(body []byte) {
+	c.req, c.candidates, c.refusal = c.x.prepare(body)
 }
 
 // call returns an exchange for a request that is made in the course of x, by the same client, and that runs beside

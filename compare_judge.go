@@ -27,11 +27,19 @@ func judgeBody(model, instructions string, req *compareRequest, answers []compar
 	for _, a := range answers {
 		section("answer of "+a.Model, *a.Content)
 	}
-	o := objectWriter{buf: make([]byte, 0, len(system)+text.Len()+256)}
+	o := askModel(model, system, text.String())
+	o.textIfAny("session_id", req.sessionID)
+	o.trueIf("stream", req.stream)
+	return append(o.buf, '}')
+}
+
+// askModel begins a chat completion of the gateway's own.
+func askModel(model, system, user string) *objectWriter {
+	o := &objectWriter{buf: make([]byte, 0, len(system)+len(user)+256)}
 	o.text("model", model)
 	o.name("messages")
 	o.buf = append(o.buf, '[')
-	for i, m := range []struct{ role, content string }{{"system", system}, {"user", text.String()}} {
+	for i, m := range []struct{ role, content string }{{"system", system}, {"user", user}} {
 		if i > 0 {
 			o.buf = append(o.buf, ',')
 		}
@@ -41,9 +49,7 @@ func judgeBody(model, instructions string, req *compareRequest, answers []compar
 		o.buf = append(append(o.buf, message.buf...), '}')
 	}
 	o.buf = append(o.buf, ']')
-	o.textIfAny("session_id", req.sessionID)
-	o.trueIf("stream", req.stream)
-	return append(o.buf, '}')
+	return o
 }
 
 // transcript returns the text of messages.

@@ -32,6 +32,7 @@ func encodeEvent(e *Event) ([]byte, error) {
 	o.textIfAny("owner", e.Owner)
 	o.textIfAny("session_id", e.SessionID)
 	o.textIfAny("comparison_id", e.ComparisonID)
+	o.textIfAny("parent_id", e.ParentID)
 	o.name("time")
 	o.buf = append(e.Time.AppendFormat(append(o.buf, '"'), time.RFC3339Nano), '"')
 	o.number("duration_ns", int64(e.Duration))

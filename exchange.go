@@ -30,6 +30,7 @@ var (
 	chatEndpoint      = endpoint{post: (*exchange).chat}
 	compareEndpoint   = endpoint{post: (*exchange).compare}
 	modelsEndpoint    = endpoint{get: (*exchange).listModels}
+	selectEndpoint    = endpoint{post: (*exchange).selectModel}
 	freeEndpoint      = endpoint{get: (*exchange).listFreeModels}
 	paidEndpoint      = endpoint{get: (*exchange).listPaidModels}
 	searchEndpoint    = endpoint{get: (*exchange).searchModels}
@@ -49,6 +50,8 @@ func findEndpoint(path string) *endpoint {
 		return &chatEndpoint
 	case path == comparePath:
 		return &compareEndpoint
+	case path == selectPath:
+		return &selectEndpoint
 	case path == modelsPath:
 		return &modelsEndpoint
 	case path == modelsPath+"/free":
@@ -124,6 +127,8 @@ type exchange struct {
 	limit   time.Duration // of an upstream's answer; 0: the handler's
 	key     *Key
 	event   Event // as far as it is known; the ledger gets it only if the request was admitted
+
+	auto *autoRoute // nil where the client has chosen the model
 
 	uncounted bool // it is part of a request that was counted
 	sum       bool // the event only sums up what has been counted
@@ -217,6 +222,15 @@ func (x *exchange) prepare(body []byte) (*chatRequest, []candidate, *apiError) {
 func (x *exchange) run(store Store, req *chatRequest, candidates []candidate) *apiError {
 	served := &served{outcome: OutcomeError} // if the hand-off panics: what was admitted is settled, whatever comes
 	defer func() { x.settle(store, req, served) }()
+	if x.auto != nil {
+		chosen := x.choose(store, req)
+		if chosen == nil {
+			x.countAs(&candidates[0])
+			served.outcome, served.refusal = OutcomeTimeout, errTimeout
+			return served.refusal
+		}
+		candidates = chosen
+	}
 	served = x.handOff(store, req, candidates)
 	return served.refusal
 }

@@ -107,6 +107,11 @@ func (x *exchange) withFallbacks(req *chatRequest, list []candidate, configured 
 func (x *exchange) addCandidates(req *chatRequest, list []candidate, entry *modelEntry, name string) []candidate {
 	more := entry.candidates(name)
 	x.order(entry.Policy, req, more)
+	return addNew(list, more)
+}
+
+// addNew adds those candidates that list does not have.
+func addNew(list, more []candidate) []candidate {
 	for _, c := range more {
 		known := slices.ContainsFunc(list, func(k candidate) bool {
 			return k.model == c.model && k.upstream == c.upstream && k.as == c.as

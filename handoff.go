@@ -80,13 +80,18 @@ func (x *exchange) askInTurn(store Store, req *chatRequest, candidates []candida
 		}
 	}
 	if x.event.Attempts == 0 {
-		x.series = candidates[0].series // for the metrics: it counts as a request of the first
-		if x.series != nil {
-			x.series.resolve()
-		}
+		x.countAs(&candidates[0])
 	}
 	x.tellAttempts()
 	return &served{outcome: OutcomeError, refusal: tell(failures)}
+}
+
+// countAs has metrics count a request that nobody was asked as one of a candidate.
+func (x *exchange) countAs(c *candidate) {
+	x.series = c.series
+	if x.series != nil {
+		x.series.resolve()
+	}
 }
 
 // ask lets a candidate answer; where its model has a hedge, the next one too. An answer that goes out comes last.

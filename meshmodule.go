@@ -30,7 +30,7 @@ const (
 )
 
 // Handler turns a site into an LLM gateway: clients send OpenAI's chat completions with a key of the gateway's, and
-// the upstream of the model they ask for answers them. It serves `/v1/chat/completions`, `/v1/chat/compare`, `/v1/templates`, `/v1/usage` and `/v1/models`; every
+// the upstream of the model they ask for answers them. It serves `/v1/chat/completions`, `/v1/chat/compare`, `/v1/router/select`, `/v1/templates`, `/v1/usage` and `/v1/models`; every
 // other path, and OPTIONS, goes to the next handler.
 //
 // It sets these placeholders, which the access log shows as the object `mesh` as well:
@@ -94,6 +94,9 @@ type Handler struct {
 	// How /v1/chat/compare works.
 	Compare *Compare `json:"compare,omitempty"`
 
+	// How the gateway chooses the model of requests for the model `auto`. Default: there is no such model.
+	Auto *Auto `json:"auto,omitempty"`
+
 	// Whether answers say in X-Mesh-Upstream which upstream served them. Default: false.
 	ExposeUpstream bool `json:"expose_upstream,omitempty"`
 
@@ -152,6 +155,7 @@ func (h *Handler) Provision(ctx caddy.Context) error {
 	}
 	var err error
 	h.models = newModelTable(h.Models, upstreams)
+	h.models.auto = h.Auto != nil
 	if len(h.Prices) > 0 {
 		book, err := readPrices(h.Prices, h.logger)
 		if err != nil {
@@ -285,7 +289,8 @@ func (h *Handler) check() error {
 		models[m.Name] = true
 	}
 	table := newModelTable(h.Models, nil)
-	if h.DefaultModel != "" && table.find(h.DefaultModel) == nil {
+	table.auto = h.Auto != nil
+	if h.DefaultModel != "" && !table.knows(h.DefaultModel) {
 		return wrongf(&h.DefaultModel, "default_model: no model matches %s", h.DefaultModel)
 	}
 	if err := h.checkFallbacks(table); err != nil {
@@ -297,6 +302,11 @@ func (h *Handler) check() error {
 	if h.Compare != nil {
 		if err := h.Compare.check(table); err != nil {
 			return &configError{part: h.Compare, err: err}
+		}
+	}
+	if h.Auto != nil {
+		if err := h.Auto.check(table); err != nil {
+			return &configError{part: h.Auto, err: err}
 		}
 	}
 	return h.checkKeys(table)

@@ -28,6 +28,7 @@ type gatewayMetrics struct {
 	rejections *prometheus.CounterVec
 	attempts   *prometheus.CounterVec
 	fallbacks  *prometheus.CounterVec
+	autoRoutes *prometheus.CounterVec
 	tokens     *prometheus.CounterVec
 	cost       *prometheus.CounterVec
 	firstToken *prometheus.HistogramVec
@@ -65,6 +66,8 @@ func newCollectors() *gatewayMetrics {
 			"Times an upstream was asked for an answer, when that ends.", "upstream", "result"),
 		fallbacks: counter("fallbacks_total",
 			"Chat requests for which more than one upstream was asked, when they end.", "model"),
+		autoRoutes: counter("auto_routes_total",
+			"Models chosen for requests that leave the choice to the gateway. reason is chosen, or why it is the default.", "model", "reason"),
 		tokens: counter("tokens_total",
 			"Tokens charged when a request ends, estimates included. Those of kind cached are among those of kind prompt.",
 			"model", "kind"),
@@ -129,7 +132,7 @@ func histogram(name, help string, buckets []float64, labels ...string) *promethe
 // register adds the metrics to a configuration's registry, unless another handler has done so.
 func (m *gatewayMetrics) register(registry prometheus.Registerer) error {
 	for _, c := range []prometheus.Collector{
-		m.requests, m.rejections, m.attempts, m.fallbacks, m.tokens, m.cost, m.firstToken, m.perToken, m.duration, m.streams, m.openCircuits,
+		m.requests, m.rejections, m.attempts, m.fallbacks, m.autoRoutes, m.tokens, m.cost, m.firstToken, m.perToken, m.duration, m.streams, m.openCircuits,
 		m.admits, m.storeErrors, m.stores, m.keyRequests, m.keyRejections, m.keyTokens, m.keyCost,
 	} {
 		err := registry.Register(c)

@@ -176,6 +176,7 @@ type modelTable struct {
 	patterns map[string]*modelEntry // by what stands before the *
 	lengths  []int                  // of the keys of patterns, the longest first
 	names    []*modelEntry          // those with an exact name, in the configuration's order
+	auto     bool                   // the gateway chooses where autoModel is asked for
 }
 
 // modelEntry is a model with its targets' upstreams at hand.
@@ -238,6 +239,11 @@ func (t modelTable) find(name string) *modelEntry {
 		}
 	}
 	return nil
+}
+
+// knows reports whether a name can be asked for.
+func (t modelTable) knows(name string) bool {
+	return t.auto && name == autoModel || t.find(name) != nil
 }
 
 // candidate is one way to serve a request.
@@ -315,6 +321,14 @@ func (t *Target) nameThere(name string) string {
 // route finds who may serve a chat request.
 func (x *exchange) route(req *chatRequest) ([]candidate, *apiError) {
 	name := cmp.Or(req.model, x.key.DefaultModel, req.templateModel, x.h.DefaultModel)
+	if name == autoModel && x.h.Auto != nil {
+		return x.routeAuto(req)
+	}
+	return x.routeTo(req, name)
+}
+
+// routeTo finds who may serve a chat request by a model's name.
+func (x *exchange) routeTo(req *chatRequest, name string) ([]candidate, *apiError) {
 	entry, refusal := x.model(name)
 	if entry != nil {
 		x.event.Model = name

@@ -128,6 +128,7 @@ type Event struct {
 	SessionID string `json:"session_id,omitempty"`
 
 	ComparisonID string `json:"comparison_id,omitempty"` // of the compare that the request was made for
+	ParentID     string `json:"parent_id,omitempty"`     // of the request whose model this one chose
 
 	Time     time.Time     `json:"time"`              // when it ended; decides the day and month that are charged
 	Duration time.Duration `json:"duration_ns"`       // from the request's arrival

@@ -168,11 +168,16 @@ func (s *stream) read(event []byte) verdict {
 	if said.choices == 0 && !s.a.req.includeUsage {
 		return verdict{}
 	}
+	auto := s.a.x.auto
+	if auto != nil {
+		payload, at = append(auto.markUsage(payload, said), payload[said.usageEnd:]...), -1
+		said = readAnswer(payload, nil)
+	}
 	insert, from, until := said.costEdit(s.a.by.price)
-	if insert == nil {
+	if insert == nil && auto == nil {
 		return passed
 	}
-	if at < 0 { // the data came in several lines; in JSON a line break between tokens is as good as a space
+	if at < 0 { // it was changed, or came in several lines; in JSON a line break between tokens is as good as a space
 		payload = bytes.ReplaceAll(payload, []byte("\n"), []byte(" "))
 		event = append(append([]byte("data: "), payload...), "\n\n"...)
 		at = len("data: ")

@@ -32,7 +32,7 @@ func (t *Template) checkAgainst(models modelTable) error {
 	if err := t.check(); err != nil {
 		return err
 	}
-	if t.Model != "" && models.find(t.Model) == nil {
+	if t.Model != "" && !models.knows(t.Model) {
 		return fmt.Errorf("model: no model matches %s", t.Model)
 	}
 	return nil

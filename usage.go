@@ -75,6 +75,7 @@ type said struct {
 	usage    usage
 	hasUsage bool
 	failed   bool // it has a member error, and is no answer
+	usageEnd int  // the offset of the last brace of its usage
 	cost     span // the value of a member cost that is there already
 	closing  int  // the offset of the last brace
 }
@@ -97,6 +98,7 @@ func readAnswer(text []byte, t *textSample) (s said) {
 			})
 		case "usage":
 			s.usage, s.hasUsage = c.usage()
+			s.usageEnd = c.pos - 1
 		case "error":
 			s.failed = c.peek() != 'n'
 			c.skip()

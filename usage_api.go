@@ -279,6 +279,7 @@ func (x *exchange) reportUsage() *apiError {
 type publicEvent struct {
 	RequestID        string    `json:"request_id"`
 	ComparisonID     string    `json:"comparison_id,omitempty"`
+	ParentID         string    `json:"parent_id,omitempty"` // of the request whose model it chose
 	SessionID        string    `json:"session_id,omitempty"`
 	CreatedAt        time.Time `json:"created_at"` // when the request began
 	Model            string    `json:"model"`
@@ -315,7 +316,7 @@ func (e *Event) status() string {
 
 func (x *exchange) public(e *Event) publicEvent {
 	p := publicEvent{
-		RequestID: e.RequestID, ComparisonID: e.ComparisonID, SessionID: e.SessionID, CreatedAt: e.began(), Model: e.Model, Stream: e.Stream,
+		RequestID: e.RequestID, ComparisonID: e.ComparisonID, ParentID: e.ParentID, SessionID: e.SessionID, CreatedAt: e.began(), Model: e.Model, Stream: e.Stream,
 		Status: e.status(), StatusCode: e.Status, Outcome: e.Outcome, ErrorCode: e.Error, Attempts: e.Attempts,
 		PromptTokens: e.PromptTokens, CachedTokens: e.CachedTokens, CompletionTokens: e.CompletionTokens,
 		TotalTokens: e.PromptTokens + e.CompletionTokens, Estimated: e.Estimated, Cost: e.Cost, LatencyMS: e.Duration.Milliseconds(),
