@@ -1,10 +1,10 @@
 package mesh
 
 import (
-	"bytes"
 	"errors"
 	"io"
 	"net/http"
+	"slices"
 	"strconv"
 	"strings"
 )
@@ -35,18 +35,47 @@ func readBody(w http.ResponseWriter, r *http.Request, limit int64) ([]byte, *api
 	return nil, refused
 }
 
-// readAll reads a body whose declared length, if it has one, is within limit. A declared length is believed only so far:
-// whoever declares much and sends nothing shall not cost much.
+// believed is how much of a declared length is believed before anything has come: whoever declares much and sends nothing
+// shall not cost much.
+const believed = 1 << 20
+
+// readAll reads a body whose declared length, if it has one, is within limit. A declared length is all the memory that is
+// taken, but for what was believed first; without one it is twice the body at most, and the body itself in the end.
 func readAll(w http.ResponseWriter, r *http.Request, limit int64) ([]byte, error) {
-	const believed = 1 << 20
-	if length := r.ContentLength; length >= 0 && length <= believed {
-		body := make([]byte, length)
-		_, err := io.ReadFull(r.Body, body)
+	length := r.ContentLength
+	if length < 0 {
+		return readPieces(http.MaxBytesReader(w, r.Body, limit))
+	}
+	body := make([]byte, min(length, believed))
+	if _, err := io.ReadFull(r.Body, body); err != nil || length <= believed {
 		return body, err
 	}
-	buf := bytes.NewBuffer(make([]byte, 0, min(max(r.ContentLength, 0), believed)+bytes.MinRead))
-	_, err := buf.ReadFrom(http.MaxBytesReader(w, r.Body, limit))
-	return buf.Bytes(), err
+	whole := make([]byte, length)
+	read := copy(whole, body)
+	_, err := io.ReadFull(r.Body, whole[read:])
+	return whole, err
+}
+
+// readPieces reads to the end, in pieces that are each as long as all before them, so that only joining them copies.
+func readPieces(r io.Reader) ([]byte, error) {
+	var pieces [][]byte
+	for size := 4 << 10; ; {
+		piece, n := make([]byte, size), 0
+		for n < size {
+			m, err := r.Read(piece[n:]) // not io.ReadFull: a body that breaks off ends in the error that it has for any end
+			n += m
+			if err == io.EOF {
+				return slices.Concat(append(pieces, piece[:n])...), nil
+			}
+			if err != nil {
+				return nil, err
+			}
+		}
+		if len(pieces) > 0 {
+			size += n
+		}
+		pieces = append(pieces, piece)
+	}
 }
 
 func tooLarge(limit int64) *apiError {

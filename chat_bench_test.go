@@ -1,6 +1,9 @@
 package mesh
 
 import (
+	"bytes"
+	"net/http"
+	"net/http/httptest"
 	"strings"
 	"testing"
 )
@@ -36,4 +39,42 @@ func BenchmarkParseChat(b *testing.B) {
 	b.Run("text of 10 MB with escapes", func(b *testing.B) {
 		benchmarkParse(b, []byte(`{"messages":[{"role":"user","content":"`+strings.Repeat(`line \"one\" is here\n`, 10<<20/21)+`"}]}`))
 	})
+}
+
+// BenchmarkLargeBody takes in a request with an image of 20 MB: what reading costs alone, and what reading and checking it
+// and cutting it for the upstream costs.
+func BenchmarkLargeBody(b *testing.B) {
+	body := picture(20 << 20)
+	request := func(declared bool) *http.Request {
+		r := httptest.NewRequest(http.MethodPost, chatPath, bytes.NewReader(body))
+		r.Header.Set("Content-Type", "application/json")
+		if !declared {
+			r.ContentLength = -1
+		}
+		return r
+	}
+	by := &candidate{as: "gpt-4o", upstream: new(Upstream)}
+	measure := func(b *testing.B, declared, checked bool) {
+		b.SetBytes(int64(len(body)))
+		b.ReportAllocs()
+		for b.Loop() {
+			read, refusal := readBody(httptest.NewRecorder(), request(declared), 32<<20)
+			if refusal != nil {
+				b.Fatal(refusal)
+			}
+			if !checked {
+				continue
+			}
+			req, refusal := parseChat(read)
+			if refusal != nil {
+				b.Fatal(refusal)
+			}
+			if _, size := req.segmentsFor(by); size != int64(len(body)-len("openai/")) {
+				b.Fatal(size)
+			}
+		}
+	}
+	b.Run("read", func(b *testing.B) { measure(b, true, false) })
+	b.Run("read and checked", func(b *testing.B) { measure(b, true, true) })
+	b.Run("read, of unknown length", func(b *testing.B) { measure(b, false, false) })
 }

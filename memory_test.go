@@ -95,3 +95,71 @@ func TestStreamTakesTheSameMemoryHoweverLongItIs(t *testing.T) {
 		t.Errorf("a stream has grown by %d bytes more than one through a bare reverse_proxy", grown)
 	}
 }
+
+// TestLargeBodiesTakeTheirOwnSizeAndNoMore holds requests with images of 10 MB open at an upstream that has received them
+// and does not answer. README's formula: a body takes its own size, and little else, until its answer begins or fails.
+func TestLargeBodiesTakeTheirOwnSizeAndNoMore(t *testing.T) {
+	n := 20
+	if os.Getenv("MESH_TEST_LONG") != "" {
+		n = 100
+	}
+	const perRequest = 128 << 10 // beside the body
+	for _, streamed := range []bool{false, true} {
+		var received atomic.Int32
+		end := make(chan struct{})
+		up := startUpstream(t, func(w http.ResponseWriter, r *http.Request) {
+			io.Copy(io.Discard, r.Body)
+			if streamed {
+				answers(200, "text/event-stream", roleFrame+wordFrame)(w, r)
+				http.NewResponseController(w).Flush()
+			}
+			received.Add(1)
+			<-end
+			io.WriteString(w, finishFrame+doneFrame)
+		})
+		p := startProcess(t, up.address(), fmt.Sprintf(inSite, site("")))
+		g := p.gateway()
+		body := strings.Replace(string(picture(10<<20)), "openai/gpt-4o", "test/plain", 1)
+		if streamed {
+			body = strings.Replace(body, "{", `{"stream":true,`, 1)
+		}
+		before := p.memory()
+		ended := make(chan struct{})
+		for range n {
+			go func() {
+				defer func() { ended <- struct{}{} }()
+				resp := g.send(http.MethodPost, "/v1/chat/completions", body)
+				io.Copy(io.Discard, resp.Body)
+				resp.Body.Close()
+			}()
+		}
+		eventually(t, "the upstream has all bodies", func() bool { return received.Load() == int32(n) })
+		most := int64(n) * int64(len(body)+perRequest)
+		if streamed { // what has begun to be answered is not sent again
+			most = int64(n) * perRequest
+		}
+		var held int64
+		eventually(t, fmt.Sprintf("%d requests take at most %d bytes", n, most), func() bool {
+			held = p.memory() - before
+			return held <= most
+		})
+		t.Logf("%d requests of %d bytes, streams %v: %d bytes each beside the body; the process's peak: %s", n, len(body), streamed,
+			(held-int64(n*len(body)))/int64(n), p.peak())
+		close(end)
+		for range n {
+			<-ended
+		}
+		p.kill(os.Kill)
+	}
+}
+
+// peak returns the most memory that the process had resident.
+func (p *process) peak() string {
+	status, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", p.child.Pid))
+	if err != nil {
+		p.t.Fatal(err)
+	}
+	_, after, _ := strings.Cut(string(status), "VmHWM:")
+	value, _, _ := strings.Cut(after, "\n")
+	return strings.TrimSpace(value)
+}
