@@ -5,6 +5,7 @@ import (
 	"errors"
 	"net/http"
 	"strings"
+	"sync"
 	"time"
 
 	"github.com/caddyserver/caddy/v2"
@@ -124,6 +125,8 @@ type exchange struct {
 	limit   time.Duration // of an upstream's answer; 0: the handler's
 	key     *Key
 	event   Event // as far as it is known; the ledger gets it only if the request was admitted
+
+	asking sync.Mutex // of the event's Upstream and Attempts, while two candidates are asked
 
 	uncounted bool // it is part of a request that was counted
 	sum       bool // the event only sums up what has been counted
@@ -275,12 +278,11 @@ func (x *exchange) bodyMayBlock() bool {
 const outcomeRefused Outcome = "refused"
 
 // placeholder returns the value of one of the {http.mesh.*} placeholders.
-func (x *exchange) placeholder(name string) (any, bool) {
+func (e *Event) placeholder(name string) (any, bool) {
 	name, ok := strings.CutPrefix(name, "http.mesh.")
 	if !ok {
 		return nil, false
 	}
-	e := &x.event
 	switch name {
 	case "request_id":
 		return e.RequestID, true
