@@ -129,6 +129,7 @@ type exchange struct {
 	asking sync.Mutex // of the event's Upstream and Attempts, while two candidates are asked
 
 	uncounted bool // it is part of a request that was counted
+	keeps     bool // it is the part by which the request was counted, and takes its place for all of them
 	sum       bool // the event only sums up what has been counted
 
 	series  *targetSeries    // the metrics of the last upstream that was asked
