@@ -2,7 +2,6 @@ package mesh
 
 import (
 	"context"
-	"errors"
 	"fmt"
 
 	"github.com/redis/go-redis/v9"
@@ -24,7 +23,7 @@ func (s *redisKeys) delete(ctx context.Context, secret digest) error {
 // that has the hash: a message may be published on any node, and reaches all.
 func (s *redisKeys) edit(ctx context.Context, secret digest, change func(fields map[string]string, p redis.Pipeliner, hash string) error) error {
 	hash := s.hash(secret)
-	return s.retry(ctx, hash, func(tx *redis.Tx) error {
+	return transact(ctx, s.client, hash, func(tx *redis.Tx) error {
 		fields, err := tx.HGetAll(ctx, hash).Result()
 		if err != nil {
 			return fmt.Errorf("reading the key: %w", err)
@@ -38,15 +37,4 @@ func (s *redisKeys) edit(ctx context.Context, secret digest, change func(fields 
 		})
 		return err
 	})
-}
-
-// retry runs a transaction on a hash until no other change has come between.
-func (s *redisKeys) retry(ctx context.Context, hash string, transact func(*redis.Tx) error) (err error) {
-	const attempts = 10
-	for range attempts {
-		if err = s.client.Watch(ctx, transact, hash); !errors.Is(err, redis.TxFailedErr) {
-			return err
-		}
-	}
-	return err
 }
