@@ -128,6 +128,7 @@ func (c *comparison) prepare(judge string) *apiError {
 	if c.req.skip || len(c.calls) < 2 {
 		return nil
 	}
+	c.req.prompt = c.calls[0].req.templateMessages()
 	if c.req.judge != "" { // the configured one may fall back on another
 		return c.mayUse(c.req.judge)
 	}

@@ -12,14 +12,15 @@ import (
 
 // apart returns the client's request for something that runs at the same time as others in its course. What Caddy's
 // handlers write into a request's context is its own: reverse_proxy keeps there what it has chosen. What the site's
-// handlers have put there before, it has too; own has the {http.mesh.*} placeholders. Nothing of x may be written
-// meanwhile.
+// handlers have put there before, it has too; own has the {http.mesh.*} placeholders.
 func (x *exchange) apart(ctx context.Context, own caddy.ReplacerFunc) *http.Request {
 	r := x.r.WithContext(ctx)
 	server, ok := ctx.Value(caddyhttp.ServerCtxKey).(*caddyhttp.Server)
 	if !ok {
 		return r
 	}
+	x.gate.lock() // of pings, which write to the client
+	defer x.gate.unlock()
 	site := ctx.Value(caddy.ReplacerCtxKey).(*caddy.Replacer)
 	if x.h.usesUUID {
 		site.Get(uuidPlaceholder) // Caddy makes it when it is first asked for, which must not be by two at once
@@ -60,7 +61,5 @@ func (x *exchange) placeholder(name string) (any, bool) {
 func (x *exchange) besides(c *candidate) context.Context {
 	event := x.event
 	event.Upstream = c.upstream.Name
-	x.gate.lock() // of pings, which write to the client
-	defer x.gate.unlock()
 	return x.apart(x.r.Context(), event.placeholder).Context()
 }
