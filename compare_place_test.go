@@ -3,31 +3,31 @@ package mesh
 import (
 	"io"
 	"net/http"
+	"path/filepath"
 	"strings"
 	"testing"
 	"time"
 )
 
-// TestCompareTakesOnePlaceUntilItsEnd stops a compare while its models answer, and again while one compares.
+// TestCompareTakesOnePlaceUntilItsEnd stops a compare while its models answer, and again while one compares. What must be
+// refused is what the upstream would answer at once.
 func TestCompareTakesOnePlaceUntilItsEnd(t *testing.T) {
 	release := make(chan struct{})
 	up := startUpstream(t, func(w http.ResponseWriter, r *http.Request) {
-		if body, _ := io.ReadAll(r.Body); !strings.Contains(string(body), `"first"`) {
+		if body, _ := io.ReadAll(r.Body); !strings.Contains(string(body), `"model":"first`) {
 			<-release
 		}
 		answers(200, "application/json", completion)(w, r)
 	})
+	t.Cleanup(func() { close(release) }) // before the upstream is closed, which waits for its requests
 	eachKindOfStore(t, up, "max_concurrency 1", func(t *testing.T, gateways []*gateway) {
 		other := gateways[len(gateways)-1]
-		compare := func(g *gateway) *reply {
-			return g.compare(compareBody(`"test/first","test/b","test/c"`, `,"comparison_model":"test/judge"`))
-		}
 		isTaken := func(when string) {
 			t.Helper()
-			if r := other.post(chatBody); r.StatusCode != 429 {
+			if r := other.post(ask("test/first", "")); r.StatusCode != 429 {
 				t.Errorf("%s, a completion: %s %s", when, r.Status, r.body)
 			}
-			if r := compare(other); r.StatusCode != 429 {
+			if r := other.compare(compareBody(`"test/first","test/first2"`, `,"skip_comparison":true`)); r.StatusCode != 429 {
 				t.Errorf("%s, another compare: %s %s", when, r.Status, r.body)
 			}
 			if n := underWayOf(t, other); n != 1 {
@@ -36,13 +36,15 @@ func TestCompareTakesOnePlaceUntilItsEnd(t *testing.T) {
 		}
 		before := len(up.received())
 		answered := make(chan *reply, 1)
-		go func() { answered <- compare(gateways[0]) }()
-		eventually(t, "the models are asked", func() bool { return len(up.received()) == before+3 })
+		go func() {
+			answered <- gateways[0].compare(compareBody(`"test/first","test/b","test/c"`, `,"comparison_model":"test/judge"`))
+		}()
+		eventually(t, "the models are asked", func() bool { return len(up.received()) >= before+3 })
 		eventually(t, "the first model's answer is in the ledger", func() bool { return ledgerHas(t, gateways[0], "test/first") })
 		isTaken("while two models answer")
 		release <- struct{}{}
 		release <- struct{}{}
-		eventually(t, "the answers are compared", func() bool { return len(up.received()) == before+4 })
+		eventually(t, "the answers are compared", func() bool { return len(up.received()) >= before+4 })
 		isTaken("while the answers are compared")
 		release <- struct{}{}
 		c := (<-answered).comparison(t)
@@ -50,8 +52,7 @@ func TestCompareTakesOnePlaceUntilItsEnd(t *testing.T) {
 			t.Errorf("%+v", c.compareSummary)
 		}
 		eventually(t, "nothing is under way", func() bool { return underWayOf(t, other) == 0 })
-		go func() { release <- struct{}{} }()
-		if r := other.post(chatBody); r.StatusCode != 200 {
+		if r := other.post(ask("test/first", "")); r.StatusCode != 200 {
 			t.Errorf("afterwards: %s %s", r.Status, r.body)
 		}
 	})
@@ -81,8 +82,31 @@ func ledgerHas(t *testing.T, g *gateway, model string) bool {
 	return total > 0
 }
 
+func TestPartsOfARequestTakeNoPlace(t *testing.T) {
+	test := func(t *testing.T, s Store) {
+		limits := Limits{MaxConcurrency: 2}
+		for i, tc := range []struct {
+			asked Admission
+			want  Limit
+		}{
+			{Admission{Limits: limits, Keeps: true}, ""},
+			{Admission{Uncounted: true}, ""},
+			{Admission{Uncounted: true}, ""},
+			{Admission{Limits: limits}, ""},
+			{Admission{Limits: limits}, LimitConcurrency},
+			{Admission{Uncounted: true}, ""},
+		} {
+			if refused := placeFor(t, s, requestID(i), tc.asked); refused != tc.want {
+				t.Errorf("%d, %+v: %q", i, tc.asked, refused)
+			}
+		}
+	}
+	t.Run("local", func(t *testing.T) { test(t, openLocal(t, filepath.Join(t.TempDir(), "mesh.db"))) })
+	t.Run("redis", func(t *testing.T) { test(t, openRedis(t, redisModule(t, startRedis(t).address))) })
+}
+
 // placeFor asks for a request to be let through, and returns which limit refuses it.
-func placeFor(t *testing.T, s *redisStore, id string, more Admission) Limit {
+func placeFor(t *testing.T, s Store, id string, more Admission) Limit {
 	t.Helper()
 	more.KeyID, more.RequestID = "key", id
 	v, err := s.Admit(t.Context(), more)

@@ -72,15 +72,22 @@ func (g *gateway) asTenant(path, body string) *reply {
 }
 
 func TestPlaceholdersOfBothInAHedgeAreThoseOfAPlainAttempt(t *testing.T) {
-	second := make(chan struct{}, 1)
+	asked := make(chan struct{})
 	first := startUpstream(t, func(w http.ResponseWriter, r *http.Request) {
 		if body, _ := io.ReadAll(r.Body); strings.Contains(string(body), `"slow"`) {
-			<-second
+			close(asked)
+			<-r.Context().Done()
+			return
 		}
 		answers(200, "application/json", completion)(w, r)
 	})
+	hedged := make(chan struct{}) // both are asked
 	up := startUpstream(t, func(w http.ResponseWriter, r *http.Request) {
-		second <- struct{}{}
+		select {
+		case <-hedged:
+			<-asked
+		default:
+		}
 		answers(200, "application/json", completion)(w, r)
 	})
 	g := startGateway(t, up.address(), tellingSite(first.address(),
@@ -91,8 +98,8 @@ func TestPlaceholdersOfBothInAHedgeAreThoseOfAPlainAttempt(t *testing.T) {
 	hasBeenTold(t, first.last(t), toldOfSite, toldOfRequest, "first test/fast 1 "+first.address())
 	g.asTenant("completions", ask("test/second", session))
 	hasBeenTold(t, up.last(t), toldOfSite, toldOfRequest, "up test/second 1 "+up.address())
-	<-second
 
+	close(hedged)
 	r := g.asTenant("completions", ask("test/slow", session))
 	if r.StatusCode != 200 || r.Header.Get("X-Mesh-Routing-Attempts") != "2" {
 		t.Fatalf("%s %v %s", r.Status, r.Header, r.body)
