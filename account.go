@@ -248,17 +248,24 @@ func (a *account) begin(asked Admission, shared bool) {
 		a.reserved.hold(asked.RequestID, asked.MaxCost)
 	}
 	if asked.Limits.MaxConcurrency > 0 {
-		a.underWay.begin(asked.RequestID, shared)
+		a.underWay.begin(asked.RequestID, place{shared: shared, keeps: asked.Keeps})
 	}
 }
 
-// settle charges for a request, and lets go of what begin noted. The caller holds a.mu.
-func (a *account) settle(e *Event) charge {
+// settle charges for a request, and lets go of what begin noted; keeps says that its place is kept. The caller holds a.mu.
+func (a *account) settle(e *Event) (c charge, keeps bool) {
 	a.reserved.release(e.RequestID)
-	a.underWay.end(e.RequestID)
+	keeps = a.underWay.end(e.RequestID)
 	charged := a.balance.charge(e.Cost, e.Time)
 	a.balance.countTokens(e.PromptTokens+e.CompletionTokens, e.Time, &charged)
-	return charged
+	return charged, keeps
+}
+
+// leave gives back a place that was kept, and reports whether the shared store has yet to hear of it.
+func (a *account) leave(requestID string) (shared bool) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	return a.underWay.leave(requestID)
 }
 
 // change notes that the account has something to save, and reports whether the writer does not know that yet.

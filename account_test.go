@@ -204,7 +204,7 @@ func TestRefundedTokensAreFreeAgain(t *testing.T) {
 	a.admit(now, Admission{Limits: Limits{TPM: 10}})
 	a.settle(&Event{Time: now})
 	before := a.balance
-	c := a.settle(&Event{Cost: 3, PromptTokens: 8, Time: now})
+	c, _ := a.settle(&Event{Cost: 3, PromptTokens: 8, Time: now})
 	if a.balance.Tokens.Sum != 8 {
 		t.Fatalf("%+v", a.balance)
 	}

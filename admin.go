@@ -58,6 +58,9 @@ func running() []*Handler {
 
 // managedStore returns the store that an admin request is about: the one it names, or the only one there is.
 func managedStore(r *http.Request) (*storeRef, error) {
+	if caddy.ActiveContext().Context == nil { // Caddy's admin endpoint is there before the first configuration is
+		return nil, adminError(http.StatusServiceUnavailable, "no configuration is running yet")
+	}
 	asked := r.URL.Query().Get("store")
 	found := make(map[string]*storeRef)
 	for _, h := range running() {

@@ -2,8 +2,12 @@ package mesh
 
 import (
 	"encoding/json"
+	"errors"
 	"net/http"
+	"net/http/httptest"
 	"testing"
+
+	"github.com/caddyserver/caddy/v2"
 )
 
 // health returns what the admin endpoint says of the gateway's stores.
@@ -47,4 +51,51 @@ func TestHealthTellsOfAnOutage(t *testing.T) {
 	}
 	server.start()
 	eventually(t, "the store is back", healthy)
+}
+
+// asksAdmin is an app that asks the admin endpoint while its configuration starts.
+type asksAdmin struct{}
+
+func init() { caddy.RegisterModule(asksAdmin{}) }
+
+// CaddyModule returns the Caddy module information.
+func (asksAdmin) CaddyModule() caddy.ModuleInfo {
+	return caddy.ModuleInfo{ID: "asks_admin", New: func() caddy.Module { return asksAdmin{} }}
+}
+
+func (asksAdmin) Start() error {
+	adminAtStart <- adminStatuses()
+	return nil
+}
+
+func (asksAdmin) Stop() error { return nil }
+
+var adminAtStart = make(chan [2]int, 1)
+
+// adminStatuses returns with what the endpoint answers that it has no store, and not one of a name.
+func adminStatuses() (statuses [2]int) {
+	for i, path := range []string{keysPath, keysPath + "?store=local:x"} {
+		err := serveKeys(httptest.NewRecorder(), httptest.NewRequest(http.MethodGet, path, nil))
+		if refusal, ok := errors.AsType[caddy.APIError](err); ok {
+			statuses[i] = refusal.HTTPStatus
+		}
+	}
+	return statuses
+}
+
+func TestAdminSaysWhetherThereIsNoStoreOrNoneYet(t *testing.T) {
+	if err := caddy.Load([]byte(`{"admin":{"disabled":true,"config":{"persist":false}},"apps":{"asks_admin":{}}}`), true); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := caddy.Stop(); err != nil {
+			t.Error(err)
+		}
+	})
+	if got := <-adminAtStart; got != [2]int{503, 503} {
+		t.Errorf("while Caddy starts: %v", got)
+	}
+	if got := adminStatuses(); got != [2]int{404, 404} {
+		t.Errorf("without a mesh handler: %v", got)
+	}
 }

@@ -128,6 +128,7 @@ func (c *comparison) prepare(judge string) *apiError {
 	if c.req.skip || len(c.calls) < 2 {
 		return nil
 	}
+	c.req.prompt = c.calls[0].req.templateMessages()
 	if c.req.judge != "" { // the configured one may fall back on another
 		return c.mayUse(c.req.judge)
 	}
@@ -146,12 +147,13 @@ func (c *comparison) mayUse(model string) *apiError {
 // serve admits the comparison, which counts once, has all models answer, and one of them judge.
 func (c *comparison) serve(store Store) *apiError {
 	first := c.calls[0]
-	first.x.w = c.x.w // its limits are those of the whole
+	first.x.w, first.x.keeps = c.x.w, true // its limits are those of the whole
 	refusal := first.x.admit(store, first.req, first.candidates)
 	first.x.w = first.taker
 	if refusal != nil {
 		return refusal
 	}
+	defer store.Leave(first.x.event.KeyID, first.x.event.RequestID)
 	var out *compareStream
 	if c.req.stream {
 		out = c.openStream()

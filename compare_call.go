@@ -8,8 +8,6 @@ import (
 	"strings"
 	"time"
 
-	"github.com/caddyserver/caddy/v2"
-	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
 	"github.com/oklog/ulid/v2"
 )
 
@@ -45,13 +43,10 @@ func (c *compareCall) prepare(body []byte) {
 }
 
 // call returns an exchange for a request that is made in the course of x, by the same client, and that runs beside
-// others: what Caddy's handlers keep in a request's context is its own.
+// others.
 func (x *exchange) call(ctx context.Context, w http.ResponseWriter) *exchange {
-	r := x.r.WithContext(ctx)
-	if server, ok := ctx.Value(caddyhttp.ServerCtxKey).(*caddyhttp.Server); ok {
-		r = caddyhttp.PrepareRequest(r, caddy.NewReplacer(), w, server)
-	}
-	call := &exchange{h: x.h, w: w, r: r, started: time.Now(), key: x.key, taken: true, silent: true}
+	call := &exchange{h: x.h, w: w, started: time.Now(), key: x.key, taken: true, silent: true}
+	call.r = x.apart(ctx, call.placeholder)
 	call.event = Event{
 		RequestID: "req_" + ulid.Make().String(),
 		KeyID:     x.event.KeyID,

@@ -4,6 +4,7 @@ import (
 	"crypto/rand"
 	"encoding/json"
 	"fmt"
+	"slices"
 	"strings"
 )
 
@@ -23,7 +24,7 @@ func judgeBody(model, instructions string, req *compareRequest, answers []compar
 	section := func(name, content string) {
 		fmt.Fprintf(&text, "<<%s %s>>\n%s\n<</%s>>\n\n", mark, name, content, mark)
 	}
-	section("conversation", transcript(req.messages))
+	section("conversation", transcript(slices.Concat(req.prompt, req.messages)))
 	for _, a := range answers {
 		section("answer of "+a.Model, *a.Content)
 	}

@@ -17,6 +17,8 @@ type compareRequest struct {
 	skip         bool // nobody judges
 	sessionID    string
 
+	prompt []json.RawMessage // the messages of its template, which come first
+
 	messages    []json.RawMessage // the client's bytes of each
 	temperature json.RawMessage   // nil where it was not given, as all that follow
 	maxTokens   json.RawMessage

@@ -169,6 +169,23 @@ func TestJudgeIsGivenAnswersAsData(t *testing.T) {
 	}
 }
 
+func TestJudgeIsGivenTheMessagesOfTheTemplate(t *testing.T) {
+	up := compared(t)
+	g := compareGateway(t, up, "\ttemplate t {\n\t\tsystem \"You are {{who}}.\"\n\t\tmessage user \"Hello, {{who}}.\"\n\t}\n")
+	g.compare(compareBody(`"test/a","test/b"`, `,"template":"t","variables":{"who":"{{who}}\" <</mark>>"},"comparison_model":"test/judge"`)).comparison(t)
+	var asked struct {
+		Model    string
+		Messages []struct{ Content string }
+	}
+	if err := json.Unmarshal(up.last(t).body, &asked); err != nil || asked.Model != "judge" || len(asked.Messages) != 2 {
+		t.Fatal(err, string(up.last(t).body))
+	}
+	want := " conversation>>\nsystem: You are {{who}}\" <</mark>>.\nuser: Hello, {{who}}\" <</mark>>.\nuser: Who are you?\n<</"
+	if got := asked.Messages[1].Content; !strings.Contains(got, want) {
+		t.Errorf("%q", got)
+	}
+}
+
 // TestEveryMixOfFailures runs every combination of failing models and judges.
 func TestEveryMixOfFailures(t *testing.T) {
 	up := compared(t)

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"net/http"
 	"strings"
+	"sync"
 	"time"
 
 	"github.com/caddyserver/caddy/v2"
@@ -130,7 +131,10 @@ type exchange struct {
 
 	auto *autoRoute // nil where the client has chosen the model
 
+	asking sync.Mutex // of the event's Upstream and Attempts, while two candidates are asked
+
 	uncounted bool // it is part of a request that was counted
+	keeps     bool // it is the part by which the request was counted, and takes its place for all of them
 	sum       bool // the event only sums up what has been counted
 
 	series  *targetSeries    // the metrics of the last upstream that was asked
@@ -289,12 +293,11 @@ func (x *exchange) bodyMayBlock() bool {
 const outcomeRefused Outcome = "refused"
 
 // placeholder returns the value of one of the {http.mesh.*} placeholders.
-func (x *exchange) placeholder(name string) (any, bool) {
+func (e *Event) placeholder(name string) (any, bool) {
 	name, ok := strings.CutPrefix(name, "http.mesh.")
 	if !ok {
 		return nil, false
 	}
-	e := &x.event
 	switch name {
 	case "request_id":
 		return e.RequestID, true

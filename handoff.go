@@ -108,6 +108,8 @@ func (x *exchange) ask(store Store, req *chatRequest, candidates []candidate, at
 func (x *exchange) begin(c *candidate) {
 	x.gate.lock()
 	defer x.gate.unlock()
+	x.asking.Lock()
+	defer x.asking.Unlock()
 	x.event.Upstream = c.upstream.Name // an answer's header may be made of it
 	x.event.Attempts++
 }
@@ -134,6 +136,7 @@ func (x *exchange) ending(a *answer, req *chatRequest) *served {
 // attempt is what is special about asking one candidate.
 type attempt struct {
 	race   *race           // nil where it is the only one that is asked
+	ctx    context.Context // the request's, of its own
 	quit   context.Context // ends when another has won the race
 	runner int             // its place in the race
 
@@ -211,7 +214,7 @@ func (x *exchange) logFailure(c *candidate, f *failure) {
 func (x *exchange) try(req *chatRequest, c *candidate, at attempt, deadline time.Time) *answer {
 	ctx, trace := x.r.Context(), x.trace
 	if at.race != nil {
-		ctx, trace = x.besides(), x.trace.beside()
+		ctx, trace = at.ctx, x.trace.beside()
 	}
 	ctx, cancel := c.upstream.OnHangup.attempt(ctx, deadline)
 	defer cancel()

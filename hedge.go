@@ -5,9 +5,6 @@ import (
 	"errors"
 	"sync"
 	"time"
-
-	"github.com/caddyserver/caddy/v2"
-	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
 )
 
 var errLost = errors.New("another upstream was faster")
@@ -49,7 +46,9 @@ func (a *answer) claim() bool {
 		return !a.lost
 	}
 	r.decided, r.winner = true, a
+	a.x.asking.Lock()
 	a.x.event.Upstream = a.by.upstream.Name
+	a.x.asking.Unlock()
 	r.claims <- a
 	return true
 }
@@ -106,9 +105,14 @@ func (x *exchange) hedged(store Store, req *chatRequest, candidates []candidate,
 	r := &race{begun: make(chan struct{}), claims: make(chan *answer, 1), ends: make(chan raceEnd, 2)}
 	run := func(at attempt, begin func()) bool {
 		at.race, at.last, at.runner = r, !req.stream, len(r.quits)
-		return r.start(begin, func(quit context.Context) *answer {
+		c := &candidates[at.place]
+		prepare := func() {
+			begin()
+			at.ctx = x.besides(c)
+		}
+		return r.start(prepare, func(quit context.Context) *answer {
 			at.quit = quit
-			return x.try(req, &candidates[at.place], at, deadline)
+			return x.try(req, c, at, deadline)
 		})
 	}
 	run(at, func() {})
@@ -196,16 +200,6 @@ func (x *exchange) inOrder(answers []*answer) []*answer {
 		break
 	}
 	return answers
-}
-
-// besides returns a context for an attempt that is made at the same time as others: reverse_proxy keeps what it has
-// chosen in it.
-func (x *exchange) besides() context.Context {
-	ctx := x.r.Context()
-	if server, ok := ctx.Value(caddyhttp.ServerCtxKey).(*caddyhttp.Server); ok {
-		return caddyhttp.PrepareRequest(x.r.WithContext(ctx), caddy.NewReplacer(), x.w, server).Context()
-	}
-	return ctx
 }
 
 // join returns the context of an attempt that ends with errLost when another was faster.

@@ -56,10 +56,7 @@ type KeyUse struct {
 	UnderWay                    int64 // requests; known while the key has a limit for them
 }
 
-var (
-	errNoSuchKey = errors.New("there is no such key")
-	errKeyExists = errors.New("there is such a key already")
-)
+var errNoSuchKey = errors.New("there is no such key")
 
 // newStoredKey makes up an id and a secret for a key.
 func newStoredKey(terms Key) (k *StoredKey, secret string) {

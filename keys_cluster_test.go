@@ -1,6 +1,7 @@
 package mesh
 
 import (
+	"fmt"
 	"testing"
 	"time"
 
@@ -26,11 +27,14 @@ func TestChangeOfAKeyInAClusterTakesEffectElsewhereWithinASecond(t *testing.T) {
 	// many keys, on all nodes, each changed by one instance and known to the other
 	const n = 50
 	for i := range n {
-		writer.mustWrite(t, secretNumber(100+i), &Key{id: "a", Name: "before"})
+		if err := writer.create(t.Context(), []*StoredKey{{Terms: Key{id: clusterKey(i)}, secret: secretNumber(100 + i)}}); err != nil {
+			t.Fatal(err)
+		}
 		soon(t, "a new key works", func() bool { k, _ := reader.FindKey(t.Context(), secretNumber(100+i)); return k != nil })
 	}
 	for i := range n {
-		if err := writer.rotate(t.Context(), secretNumber(100+i), secretNumber(200+i), 0); err != nil {
+		rotate := func(k *StoredKey) { k.rotate(secretNumber(200+i), 0, time.Now()) }
+		if err := writer.change(t.Context(), clusterKey(i), rotate); err != nil {
 			t.Fatal(err)
 		}
 		soon(t, "the new secret works", func() bool { k, _ := reader.FindKey(t.Context(), secretNumber(200+i)); return k != nil })
@@ -44,6 +48,8 @@ func TestChangeOfAKeyInAClusterTakesEffectElsewhereWithinASecond(t *testing.T) {
 	testSubscriberKilled(t, nodes, reader)
 }
 
+func clusterKey(i int) string { return fmt.Sprint("key", i) }
+
 // testSubscriberKilled disconnects the subscriber, on whatever node it is, and changes a key.
 func testSubscriberKilled(t *testing.T, nodes []*redisServer, reader *keyCache) {
 	writer := clusterKeys(t, nodes)
@@ -54,7 +60,7 @@ func testSubscriberKilled(t *testing.T, nodes []*redisServer, reader *keyCache) 
 		}
 		return killed > 0
 	})
-	if err := writer.suspend(t.Context(), secretNumber(200), true); err != nil {
+	if err := writer.change(t.Context(), clusterKey(0), func(k *StoredKey) { k.Terms.Suspended = true }); err != nil {
 		t.Fatal(err)
 	}
 	soon(t, "it is suspended", func() bool { k, _ := reader.FindKey(t.Context(), secretNumber(200)); return k.Suspended })

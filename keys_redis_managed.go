@@ -161,7 +161,7 @@ func (s *redisKeys) getManaged(ctx context.Context, c redis.Cmdable, id string) 
 // changeManaged changes a key that the gateway looks after; it returns nil where there is none of this id.
 func (s *redisKeys) changeManaged(ctx context.Context, id string, change func(*StoredKey) error) (changed *StoredKey, err error) {
 	var before *StoredKey
-	err = s.retry(ctx, s.managed(id), func(tx *redis.Tx) error {
+	err = transact(ctx, s.client, s.managed(id), func(tx *redis.Tx) error {
 		k, err := s.getManaged(ctx, tx, id)
 		if err != nil || k == nil {
 			return err
@@ -199,7 +199,7 @@ func (s *redisKeys) changeManaged(ctx context.Context, id string, change func(*S
 // revokeManaged deletes a key that the gateway looks after, and reports whether there was one of this id.
 func (s *redisKeys) revokeManaged(ctx context.Context, id string) (found bool, err error) {
 	var before *StoredKey
-	err = s.retry(ctx, s.managed(id), func(tx *redis.Tx) error {
+	err = transact(ctx, s.client, s.managed(id), func(tx *redis.Tx) error {
 		k, err := s.getManaged(ctx, tx, id)
 		if err != nil || k == nil {
 			return err

@@ -74,11 +74,11 @@ func (s *redisStore) RevokeKey(ctx context.Context, id string) error {
 // KeyUse reads the account of a key. Windows are those of this gateway's clock.
 func (s *redisStore) KeyUse(ctx context.Context, id string) (KeyUse, error) {
 	var account *redis.SliceCmd
-	var pending *redis.IntCmd
+	var pending, parts *redis.IntCmd
 	_, err := s.client.Pipelined(ctx, func(p redis.Pipeliner) error {
 		account = p.HMGet(ctx, s.key(id, "account"), "minute", "minute_used", "day", "day_used", "total", "month", "month_spent",
 			"spend_day", "spend_day_spent", "tokens_minute", "tokens_minute_used")
-		pending = p.HLen(ctx, s.key(id, "pending"))
+		pending, parts = p.HLen(ctx, s.key(id, "pending")), p.HLen(ctx, s.key(id, "parts"))
 		return nil
 	})
 	if err != nil {
@@ -97,7 +97,7 @@ func (s *redisStore) KeyUse(ctx context.Context, id string) (KeyUse, error) {
 		SpendDay: tally{n[7], n[8]},
 		Tokens:   tally{n[9], n[10]},
 	}
-	return b.used(s.now(), pending.Val()), nil
+	return b.used(s.now(), pending.Val()-parts.Val()), nil
 }
 
 var _ KeyManager = (*redisStore)(nil)

@@ -1,11 +1,13 @@
 package mesh
 
 import (
+	"context"
 	"encoding/json"
 	"fmt"
 	"reflect"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -38,6 +40,19 @@ func (c *keyCache) listens() bool {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	return c.era > 0
+}
+
+// write does by hand what an operator may: it sets everything about a key, which may be new. Fields that are not a key's
+// are left as they are.
+func (s *redisKeys) write(ctx context.Context, secret digest, k *Key) error {
+	values, err := writeKey(k)
+	if err != nil {
+		return err
+	}
+	return s.edit(ctx, secret, func(_ map[string]string, p redis.Pipeliner, hash string) error {
+		setFields(ctx, p, hash, keyFieldNames, values)
+		return nil
+	})
 }
 
 func (s *redisKeys) mustWrite(t testing.TB, secret digest, k *Key) {
@@ -125,15 +140,18 @@ func TestKeyThatCannotBeUnderstoodIsRefusedAndLoggedOnce(t *testing.T) {
 	}
 }
 
-func TestWritingAKeyLeavesWhatANewerVersionWroteAlone(t *testing.T) {
+func TestChangingAKeyLeavesWhatANewerVersionWroteAlone(t *testing.T) {
 	server := startRedis(t)
 	keys, admin := server.keys(), server.client()
 	admin.HSet(t.Context(), keys.hash(secretNumber(1)), "id", "a", "rpm", "5", "later_version", "field")
-	keys.mustWrite(t, secretNumber(1), &Key{id: "a", RPD: 7})
-	if err := keys.rotate(t.Context(), secretNumber(1), secretNumber(2), 0); err != nil {
+	_, err := keys.changeWritten(t.Context(), "a", func(k *StoredKey) error {
+		k.Terms.RPM, k.Terms.RPD = 0, 7
+		return nil
+	})
+	if err != nil {
 		t.Fatal(err)
 	}
-	got := admin.HGetAll(t.Context(), keys.hash(secretNumber(2))).Val()
+	got := admin.HGetAll(t.Context(), keys.hash(secretNumber(1))).Val()
 	if want := map[string]string{"id": "a", "rpd": "7", "later_version": "field"}; !reflect.DeepEqual(got, want) {
 		t.Errorf("%v, want %v", got, want)
 	}
@@ -143,29 +161,58 @@ func TestOnlyAKeyThatIsThereCanBeChanged(t *testing.T) {
 	server := startRedis(t)
 	keys, admin, ctx := server.keys(), server.client(), t.Context()
 	keys.mustWrite(t, secretNumber(1), &Key{id: "a"})
-	for name, err := range map[string]error{
-		"suspend": keys.suspend(ctx, secretNumber(9), true),
-		"delete":  keys.delete(ctx, secretNumber(9)),
-		"rotate":  keys.rotate(ctx, secretNumber(9), secretNumber(8), 0),
-	} {
-		if err != errNoSuchKey {
-			t.Errorf("%s: %v", name, err)
-		}
+	nothing := func(*StoredKey) error { return nil }
+	if _, err := keys.changeWritten(ctx, "b", nothing); err != errNoSuchKey {
+		t.Errorf("change: %v", err)
+	}
+	if err := keys.revokeWritten(ctx, "b"); err != errNoSuchKey {
+		t.Errorf("revoke: %v", err)
+	}
+	if err := keys.delete(ctx, secretNumber(9)); err != errNoSuchKey {
+		t.Errorf("delete: %v", err)
+	}
+	if k, err := keys.changeManaged(ctx, "a", nothing); k != nil || err != nil {
+		t.Errorf("change as one that the gateway looks after: %+v, %v", k, err)
+	}
+	if found, err := keys.revokeManaged(ctx, "a"); found || err != nil {
+		t.Errorf("revoke as such a one: %t, %v", found, err)
+	}
+	if names := admin.Keys(ctx, "mesh:key:*").Val(); len(names) != 1 || names[0] != keys.hash(secretNumber(1)) {
+		t.Errorf("keys in Redis: %q", names)
+	}
+}
+
+func TestChangesOfAKeyAtTheSameTimeAreNotLost(t *testing.T) {
+	keys, ctx := startRedis(t).keys(), t.Context()
+	if err := keys.create(ctx, []*StoredKey{{Terms: Key{id: "a"}, secret: secretNumber(1)}}); err != nil {
+		t.Fatal(err)
 	}
 	keys.mustWrite(t, secretNumber(2), &Key{id: "b"})
-	if err := keys.rotate(ctx, secretNumber(1), secretNumber(2), 0); err != errKeyExists {
-		t.Errorf("rotating onto another key: %v", err)
+	more := func(k *StoredKey) error {
+		k.Terms.RPM++
+		return nil
 	}
-	if n := admin.DBSize(ctx).Val(); n != 2 {
-		t.Errorf("%d keys in Redis", n)
-	}
+	var managed, written atomic.Int64
 	var changes sync.WaitGroup
-	for i := range 20 { // at the same time: none is lost
+	for range 20 {
 		changes.Go(func() {
-			if err := keys.suspend(ctx, secretNumber(1), i%2 == 0); err != nil && err != redis.TxFailedErr {
+			if _, err := keys.changeManaged(ctx, "a", more); err == nil {
+				managed.Add(1)
+			} else if err != redis.TxFailedErr {
+				t.Error(err)
+			}
+			if _, err := keys.changeWritten(ctx, "b", more); err == nil {
+				written.Add(1)
+			} else if err != redis.TxFailedErr {
 				t.Error(err)
 			}
 		})
 	}
 	changes.Wait()
+	for i, want := range []int64{managed.Load(), written.Load()} {
+		k, err := keys.LookUpKey(ctx, secretNumber(1+i))
+		if err != nil || k.RPM != want || want == 0 {
+			t.Errorf("key %s: after %d changes %d, %v", k.id, want, k.RPM, err)
+		}
+	}
 }

@@ -1,6 +1,7 @@
 package mesh
 
 import (
+	"context"
 	"fmt"
 	"strings"
 	"sync"
@@ -50,6 +51,24 @@ func timersLate() (late func() time.Duration, stop func()) {
 	return func() time.Duration { return time.Duration(sum.Load()) }, func() { close(stopped); measuring.Wait() }
 }
 
+// change changes a key that the gateway looks after.
+func (s *redisKeys) change(ctx context.Context, id string, change func(*StoredKey)) error {
+	k, err := s.changeManaged(ctx, id, func(k *StoredKey) error { change(k); return nil })
+	if err == nil && k == nil {
+		err = errNoSuchKey
+	}
+	return err
+}
+
+// revoke deletes such a key.
+func (s *redisKeys) revoke(ctx context.Context, id string) error {
+	found, err := s.revokeManaged(ctx, id)
+	if err == nil && !found {
+		err = errNoSuchKey
+	}
+	return err
+}
+
 // testChanges changes keys through one instance and expects the other to know it within a second. disturb is called
 // before each change.
 func testChanges(t *testing.T, writer *redisKeys, reader *keyCache, disturb func()) {
@@ -61,9 +80,14 @@ func testChanges(t *testing.T, writer *redisKeys, reader *keyCache, disturb func
 		}
 		return k
 	}
+	const id = "team-a"
 	limited := func(i int, rpm int64) func() bool {
-		return func() bool { k := find(i); return k != nil && k.RPM == rpm && k.id == "team-a" }
+		return func() bool { k := find(i); return k != nil && k.RPM == rpm && k.id == id }
 	}
+	changed := func(change func(*StoredKey)) func() error {
+		return func() error { return writer.change(ctx, id, change) }
+	}
+	none := func() error { return nil }
 	gone := func(i int) func() bool { return func() bool { return find(i) == nil } }
 	if !gone(1)() || !gone(2)() {
 		t.Fatal("the keys are there already")
@@ -73,15 +97,24 @@ func testChanges(t *testing.T, writer *redisKeys, reader *keyCache, disturb func
 		change func() error
 		ok     func() bool
 	}{
-		{"a new key works", func() error { return writer.write(ctx, secretNumber(1), &Key{id: "team-a", RPM: 1}) }, limited(1, 1)},
-		{"its limit is another", func() error { return writer.write(ctx, secretNumber(1), &Key{id: "team-a", RPM: 2}) }, limited(1, 2)},
-		{"it is suspended", func() error { return writer.suspend(ctx, secretNumber(1), true) }, func() bool { return find(1).Suspended }},
-		{"it is not suspended", func() error { return writer.suspend(ctx, secretNumber(1), false) }, func() bool { return !find(1).Suspended }},
-		{"its new secret works", func() error { return writer.rotate(ctx, secretNumber(1), secretNumber(2), time.Hour) }, limited(2, 2)},
-		{"the old one works on for a while", func() error { return nil }, func() bool { k := find(1); return k.RPM == 2 && !k.Expires.IsZero() }},
-		{"the old one is deleted", func() error { return writer.delete(ctx, secretNumber(1)) }, gone(1)},
-		{"it is rotated at once", func() error { return writer.rotate(ctx, secretNumber(2), secretNumber(1), 0) }, gone(2)},
-		{"back to the first secret", func() error { return nil }, limited(1, 2)},
+		{"a new key works", func() error {
+			return writer.create(ctx, []*StoredKey{{Terms: Key{id: id, RPM: 1}, secret: secretNumber(1)}})
+		}, limited(1, 1)},
+		{"its limit is another", changed(func(k *StoredKey) { k.Terms.RPM = 2 }), limited(1, 2)},
+		{"it is suspended", changed(func(k *StoredKey) { k.Terms.Suspended = true }), func() bool { return find(1).Suspended }},
+		{"it is not suspended", changed(func(k *StoredKey) { k.Terms.Suspended = false }), func() bool { return !find(1).Suspended }},
+		{"its new secret works", changed(func(k *StoredKey) { k.rotate(secretNumber(2), time.Hour, time.Now()) }), limited(2, 2)},
+		{"the old one works on for a while", none, func() bool { k := find(1); return k.RPM == 2 && !k.Expires.IsZero() }},
+		{"it is rotated at once", changed(func(k *StoredKey) { k.rotate(secretNumber(3), 0, time.Now()) }), limited(3, 2)},
+		{"its last secret does not work", none, gone(2)},
+		{"its first secret does not work", none, gone(1)},
+		{"it is revoked", func() error { return writer.revoke(ctx, id) }, gone(3)},
+		{"one that was written by hand works", func() error { return writer.write(ctx, secretNumber(1), &Key{id: id, RPM: 1}) }, limited(1, 1)},
+		{"its limit is another too", func() error {
+			_, err := writer.changeWritten(ctx, id, func(k *StoredKey) error { k.Terms.RPM = 2; return nil })
+			return err
+		}, limited(1, 2)},
+		{"it is revoked too", func() error { return writer.revokeWritten(ctx, id) }, gone(1)},
 	} {
 		disturb()
 		if err := step.change(); err != nil {

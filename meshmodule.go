@@ -3,6 +3,7 @@
 package mesh
 
 import (
+	"bytes"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -113,6 +114,7 @@ type Handler struct {
 	asks      *storeSeries
 	answers   *answerLength
 	pingEvery time.Duration
+	usesUUID  bool // one of the upstreams' handlers does
 	logger    *zap.Logger
 }
 
@@ -148,6 +150,7 @@ func (h *Handler) Provision(ctx caddy.Context) error {
 	}
 	upstreams := make(map[string]*Upstream, len(h.Upstreams))
 	for _, u := range h.Upstreams {
+		h.usesUUID = h.usesUUID || bytes.Contains(u.HandlerRaw, []byte(uuidPlaceholder))
 		if err := u.provision(ctx); err != nil {
 			return fmt.Errorf("provisioning upstream %s: %w", u.Name, err)
 		}

@@ -9,6 +9,7 @@ import (
 	"os"
 	"strconv"
 	"strings"
+	"sync/atomic"
 	"testing"
 
 	"github.com/prometheus/client_golang/prometheus"
@@ -295,4 +296,32 @@ func BenchmarkCount(b *testing.B) {
 	for b.Loop() {
 		x.count()
 	}
+}
+
+func TestOpenCircuitsAreCountedWhileTheyAreOpen(t *testing.T) {
+	var well atomic.Bool
+	up := startUpstream(t, func(w http.ResponseWriter, r *http.Request) {
+		if well.Load() {
+			answers(200, "application/json", completion)(w, r)
+			return
+		}
+		answers(500, "application/json", bad)(w, r)
+	})
+	text := strings.Replace(site(""), "api_key sk-upstream", "circuit {\n\t\t\tfailures 1\n\t\t\trest 1s\n\t\t}", 1)
+	p := startProcess(t, up.address(), fmt.Sprintf(inSite, text))
+	g := p.gateway()
+	const series = `caddy_mesh_open_circuits{upstream="up"}`
+	for i, model := range []string{"test/a", "test/b", "test/c"} {
+		g.post(chatFor(model))
+		eventually(t, "the model's circuit is counted", func() bool { return p.metrics()[series] == float64(i+1) })
+	}
+	p.reload(fmt.Sprintf(inSite, "header X-Generation 2\n"+text))
+	if n := p.metrics()[series]; n != 3 {
+		t.Errorf("after a reload %v are open", n)
+	}
+	well.Store(true)
+	eventually(t, "the first model is back", func() bool { return g.post(chatFor("test/a")).StatusCode == 200 })
+	eventually(t, "two are open", func() bool { return p.metrics()[series] == 2 })
+	p.reload(fmt.Sprintf(inSite, strings.NewReplacer("upstream up ", "upstream other ", "test/* up", "test/* other").Replace(text)))
+	eventually(t, "none is open of an upstream that is no longer configured", func() bool { return p.metrics()[series] == 0 })
 }

@@ -217,6 +217,54 @@ func TestMiddleOutIsForWhoWantsIt(t *testing.T) {
 	g.ledger(9)
 }
 
+func TestEachCandidateGetsWhatFitsIt(t *testing.T) {
+	long, err := os.ReadFile("testdata/conversations/chat.json")
+	if err != nil {
+		t.Fatal(err)
+	}
+	whole, _ := estimated(t, long)
+	up := startUpstream(t, answers(503, "application/json", bad))
+	g := startGateway(t, up.address(), site(`	model test/rising up {
+		context_length 1000
+		transforms middle-out
+		fallback test/middling test/large
+	}
+	model test/falling up {
+		context_length 100000
+		transforms middle-out
+		fallback test/middling test/small
+	}
+	model test/middling up {
+		context_length 1500
+		transforms middle-out
+	}
+	model test/large up {
+		context_length 100000
+		transforms middle-out
+	}
+	model test/small up {
+		context_length 1000
+		transforms middle-out
+	}`))
+	const small, middling = 1000, 1500
+	asked := 0
+	for first, fits := range map[string][]int64{"rising": {small, middling, whole}, "falling": {whole, middling, small}} {
+		if r := g.post(strings.Replace(string(long), "test/small", "test/"+first, 1)); r.StatusCode != http.StatusBadGateway {
+			t.Fatalf("%s %s", r.Status, r.body)
+		}
+		got := up.received()[asked:]
+		if asked += len(got); len(got) != len(fits) {
+			t.Fatalf("%s: %d candidates were asked", first, len(got))
+		}
+		for i, most := range fits {
+			least := map[int64]int64{small: 0, middling: small, whole: whole}[most]
+			if total, _ := estimated(t, got[i].body); total > most || total < least {
+				t.Errorf("%s: of %d tokens candidate %d got %d; from %d to %d are right", first, whole, i, total, least, most)
+			}
+		}
+	}
+}
+
 func TestShortenedTextIsCutBetweenCharacters(t *testing.T) {
 	for _, raw := range []string{strings.Repeat("é😀", 50), strings.Repeat(`\ud83d\ude00`, 50), strings.Repeat(`\n\"\u00e9`, 50), strings.Repeat(`\ud83d`, 50)} {
 		for keep := range len(raw) {

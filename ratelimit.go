@@ -24,6 +24,7 @@ func (x *exchange) admit(store Store, req *chatRequest, candidates []candidate) 
 		MaxCost:   maxCost,
 		Waited:    x.waited,
 		Uncounted: x.uncounted,
+		Keeps:     x.keeps,
 		Pending:   x.pending(req, candidates, maxCost),
 	})
 	if err != nil {

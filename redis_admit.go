@@ -91,14 +91,16 @@ func (s *redisStore) admitUnanswered(a Admission, cause error) (Verdict, error) 
 	if a.Limits.MaxConcurrency > 0 {
 		account := s.accounts.of(a.KeyID)
 		account.mu.Lock()
-		account.underWay.begin(a.RequestID, true)
+		account.underWay.begin(a.RequestID, place{shared: true, keeps: a.Keeps})
 		account.mu.Unlock()
 	}
 	return verdict, nil
 }
 
 func (s *redisStore) admitKeys(a Admission) []string {
-	return []string{s.key(a.KeyID, "account"), s.key(a.KeyID, "pending"), s.key(a.KeyID, "done:"+dayOfRequest(a.RequestID))}
+	return []string{
+		s.key(a.KeyID, "account"), s.key(a.KeyID, "pending"), s.key(a.KeyID, "done:"+dayOfRequest(a.RequestID)), s.key(a.KeyID, "parts"),
+	}
 }
 
 func (s *redisStore) admitArgs(a Admission, pending string) []any {
@@ -243,8 +245,8 @@ func (s *redisStore) void(a Admission) {
 	if a.Limits.MaxConcurrency > 0 {
 		account := s.accounts.of(a.KeyID)
 		account.mu.Lock()
-		account.underWay.begin(a.RequestID, true) // as far as Redis knows
-		account.underWay.end(a.RequestID)
+		account.underWay.begin(a.RequestID, place{shared: true}) // as far as Redis knows
+		account.underWay.leave(a.RequestID)
 		account.mu.Unlock()
 	}
 	s.queue.add(settlement{Kind: settleVoid, Event: Event{KeyID: a.KeyID, RequestID: a.RequestID}})

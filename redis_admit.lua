@@ -1,4 +1,4 @@
--- KEYS: account, pending, done
+-- KEYS: account, pending, done, parts
 -- ARGV: request id, rpm, rpd, spend cap ('0': none), period, '1' if the cap is hard, largest cost, pending entry,
 -- '1' if it is part of a request that was counted; where there is a limit of either: tpm, largest concurrency; with the
 -- latter: how many are under way without being pending, ids of those that may be pending and have ended.
@@ -7,7 +7,7 @@
 --
 -- It may run twice for one request, because a client library repeats it after a broken connection, or late, after the
 -- gateway has decided without it: neither counts again.
-local account, pending, done = KEYS[1], KEYS[2], KEYS[3]
+local account, pending, done, parts_pending = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
 local id, rpm, rpd, cap, period, hard, largest = ARGV[1], tonumber(ARGV[2]), tonumber(ARGV[3]), ARGV[4], ARGV[5], ARGV[6] == '1', ARGV[7]
 local tpm, concurrency = tonumber(ARGV[10] or '0'), tonumber(ARGV[11] or '0')
 
@@ -26,7 +26,7 @@ elseif period == 'day' then
 end
 
 local function under_way()
-	local n = redis.call('HLEN', pending) + tonumber(ARGV[12])
+	local n = redis.call('HLEN', pending) - redis.call('HLEN', parts_pending) + tonumber(ARGV[12])
 	for i = 13, #ARGV do
 		n = n - redis.call('HEXISTS', pending, ARGV[i])
 	end
@@ -60,6 +60,10 @@ else
 	if id ~= '' then
 		redis.call('HSET', pending, id, table.concat({whole(counts * minute), whole(counts * day), reserved, ARGV[8]}, ' '))
 		redis.call('EXPIRE', pending, USAGE_TTL)
+		if counts == 0 then
+			redis.call('HSET', parts_pending, id, '1')
+			redis.call('EXPIRE', parts_pending, USAGE_TTL)
+		end
 	end
 end
 local verdict = {refused, whole(now), whole(micros), whole(minute), whole(minute_used), whole(day), whole(day_used), whole(since), spend}

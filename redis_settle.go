@@ -15,7 +15,8 @@ import (
 // settlement is one thing to enter into Redis about a request that has ended.
 type settlement struct {
 	Kind  string `json:"kind"`
-	Sent  bool   `json:"sent,omitempty"` // it was sent before, and may have been entered
+	Sent  bool   `json:"sent,omitempty"`  // it was sent before, and may have been entered
+	Keeps bool   `json:"keeps,omitempty"` // the request goes on taking its place under max_concurrency
 	Event Event  `json:"event"`
 
 	entry []byte // Event as the ledger has it, where that is at hand
@@ -26,7 +27,7 @@ const (
 	settleEvent = "settle" // enter the event
 	settleLost  = "lost"   // enter the event if the request is still pending: it is an estimate
 	settleVoid  = "void"   // undo the admission
-	settleDrop  = "drop"   // give up what is pending
+	settleDrop  = "drop"   // give up what is pending, which may be a place only
 )
 
 const (
@@ -99,9 +100,16 @@ func (s *redisStore) Settle(e Event) {
 	}
 	account := s.accounts.of(e.KeyID)
 	account.mu.Lock()
-	account.settle(&e)
+	_, keeps := account.settle(&e)
 	account.mu.Unlock()
-	s.queue.add(settlement{Kind: settleEvent, Event: e, entry: entry})
+	s.queue.add(settlement{Kind: settleEvent, Keeps: keeps, Event: e, entry: entry})
+}
+
+// Leave leaves it to the writer to have Redis give the place back.
+func (s *redisStore) Leave(keyID, requestID string) {
+	if s.accounts.of(keyID).leave(requestID) {
+		s.queue.add(settlement{Kind: settleDrop, Event: Event{KeyID: keyID, RequestID: requestID}})
+	}
 }
 
 // fate is what became of a settlement that was sent.
@@ -212,6 +220,7 @@ func (s *redisStore) settleKeys(e *Event) []string {
 		s.key(e.KeyID, "ledger"),
 		s.key(e.KeyID, "usage:"+day),
 		s.key(e.KeyID, "hours:"+day),
+		s.key(e.KeyID, "parts"),
 	}
 	if e.SessionID != "" {
 		keys = append(keys, s.key(e.KeyID, "sessions:"+day), s.key(e.KeyID, "session:"+e.SessionID))
@@ -228,7 +237,7 @@ func (s *redisStore) settleArgs(one *settlement) []any {
 	return []any{
 		e.RequestID, one.Kind, entry, s.maxEvents, int64(e.Cost), e.Model,
 		e.PromptTokens, e.CachedTokens, e.CompletionTokens, e.Outcome.failed(), unixOfRequest(e.RequestID), one.Sent,
-		s.now().Sub(e.Time) < time.Minute, hourOfRequest(e.RequestID), e.SessionID,
+		s.now().Sub(e.Time) < time.Minute, hourOfRequest(e.RequestID), e.SessionID, one.Keeps,
 	}
 }
 

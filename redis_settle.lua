@@ -1,16 +1,18 @@
 -- KEYS: account, pending, done, lost, ledger, usage of the day, of its
--- hours; if there is a session: sessions of the day, usage of the session
+-- hours, parts; if there is a session: sessions of the day, usage of the session
 -- ARGV: request id, 'settle' | 'lost' | 'void' | 'drop', entry, entries to keep, cost, model, prompt tokens, cached tokens,
 -- completion tokens, '1' if the request failed, when the request began (Unix seconds, or ''), '1' if this may have been
--- entered before, '1' if it ended less than a minute ago, the hour in which it began (or ''), session
+-- entered before, '1' if it ended less than a minute ago, the hour in which it began (or ''), session,
+-- '1' if it keeps its place under max_concurrency
 -- Returns: 1 if the ledger has the entry now and had none before, 2 if it replaced an estimate, 0 if nothing was to do,
 -- 3 if it cannot be told any more whether it was entered before, and nothing was done.
 --
 -- 'settle' enters what a request cost. 'lost' enters an estimate for a request whose gateway died, and does nothing
 -- unless the request is still pending. 'void' undoes an admission that the gateway never got to know of. 'drop' gives up
 -- a pending entry that is damaged; its request may yet be settled.
-local account, pending, done, lost, ledger, usage, hours, sessions, session = KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5], KEYS[6], KEYS[7], KEYS[8], KEYS[9]
-local hour = ARGV[14]
+local account, pending, done, lost, ledger = KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5]
+local usage, hours, parts_pending, sessions, session = KEYS[6], KEYS[7], KEYS[8], KEYS[9], KEYS[10]
+local hour, keeps = ARGV[14], ARGV[16] == '1'
 local id, kind, entry, keep, began, repeated = ARGV[1], ARGV[2], ARGV[3], ARGV[4], tonumber(ARGV[11]), ARGV[12] == '1'
 local SESSION_TTL, HOURS_TTL = 30 * DAY, 35 * DAY
 local SESSIONS = 1000 -- of a day that can be listed
@@ -25,6 +27,7 @@ redis.call('XDEL', ledger, '0-1')
 redis.call('HEXISTS', usage, 'models')
 redis.call('HEXISTS', lost, id)
 redis.call('HEXISTS', hours, '')
+local is_part = redis.call('HEXISTS', parts_pending, id) == 1
 if session then
 	redis.call('HEXISTS', session, '')
 	redis.call('SISMEMBER', sessions, '')
@@ -40,9 +43,16 @@ if kind == 'settle' and repeated and not (known or held or estimate) and began a
 	return 3
 end
 if held then
-	local minute, day, reserved = string.match(held, '^(%d+) (%d+) (%d+) ')
+	local minute, day, reserved, entry_of = string.match(held, '^(%d+) (%d+) (%d+) (.*)$')
 	reserved = reserved or '0'
-	redis.call('HDEL', pending, id)
+	if keeps and entry_of then -- until it is dropped, by its gateway or, when that is dead, by another
+		redis.call('HSET', pending, id, table.concat({minute, day, '0', entry_of}, ' '))
+	else
+		redis.call('HDEL', pending, id)
+	end
+	if is_part then
+		redis.call('HDEL', parts_pending, id)
+	end
 	add(account, 'reserved', reserved == '0' and '0' or '-' .. reserved)
 	if kind == 'void' then
 		local a = redis.call('HMGET', account, 'minute', 'day')

@@ -147,7 +147,7 @@ func (s *redisStore) sendBatch(batch []settlement) []fate {
 	fates := s.enter(batch)
 	var taken []settlement
 	for i, f := range fates {
-		if f != notEntered {
+		if f != notEntered && !batch[i].Keeps {
 			s.accounts.settled(&batch[i].Event)
 		}
 		switch f {

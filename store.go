@@ -41,6 +41,9 @@ type Store interface {
 	// Settle enters the end of an admitted request into the ledger and adds its cost to its key's spend: both or
 	// neither, and once for each request id, however often it is called. It does not wait for a disk or a network.
 	Settle(e Event)
+
+	// Leave gives back the place under MaxConcurrency that a settled request has kept. It does nothing where there is none.
+	Leave(keyID, requestID string)
 }
 
 // KeyStore is a Store that has keys of its own, beside those of the configuration.
@@ -64,7 +67,8 @@ type Admission struct {
 	Limits    Limits
 	MaxCost   Money         // the most the request can cost; a hard cap must have room for it
 	Waited    time.Duration // for the store already, to find the key
-	Uncounted bool          // it is part of a request that was counted
+	Uncounted bool          // it is part of a request that was counted, and takes no place of its own under MaxConcurrency
+	Keeps     bool          // it keeps its place under MaxConcurrency when it is settled, until Leave
 	Pending   Event         // what a store that several gateways share charges if this one dies before it settles the request
 }
 

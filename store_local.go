@@ -203,7 +203,7 @@ func (s *localStore) Settle(e Event) {
 	hasRoom := s.unsaved.Add(1) <= s.maxUnsaved
 	account := s.account(e.KeyID)
 	account.mu.Lock()
-	charged := account.settle(&e)
+	charged, _ := account.settle(&e)
 	if hasRoom {
 		account.settled = append(account.settled, settledEvent{e.RequestID, encoded, charged, used})
 	}
@@ -217,6 +217,9 @@ func (s *localStore) Settle(e Event) {
 		s.tellWriter(account)
 	}
 }
+
+// Leave gives back a place that was kept.
+func (s *localStore) Leave(keyID, requestID string) { s.account(keyID).leave(requestID) }
 
 // lose gives up an event's entry in the ledger. Its cost has been charged.
 func (s *localStore) lose(requestID string) {

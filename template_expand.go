@@ -1,11 +1,13 @@
 package mesh
 
 import (
+	"encoding/json"
 	"maps"
 	"math"
 	"net/http"
 	"slices"
 	"strconv"
+	"strings"
 )
 
 // expand adds to a request what its template brings, and the parameters that its key or the template has by default.
@@ -98,6 +100,17 @@ func (r *chatRequest) addTemplate(t *Template, limit int64) *apiError {
 	r.prompt.messages += prompt.messages
 	r.insert(span{r.messages.from + 1, r.messages.from + 1}, string(rendered))
 	return nil
+}
+
+// templateMessages returns the messages that the template has put before those of the request.
+func (r *chatRequest) templateMessages() (messages []json.RawMessage) {
+	front := span{r.messages.from + 1, r.messages.from + 1}
+	for _, e := range r.edits {
+		if e.added && e.span == front {
+			json.Unmarshal([]byte("["+strings.TrimSuffix(e.with, ",")+"]"), &messages) //nolint:errcheck // it is of this gateway's making
+		}
+	}
+	return messages
 }
 
 func missingVariables(template string, names []string) *apiError {

@@ -142,55 +142,45 @@ func (s *redisStore) ChangeTemplates(ctx context.Context, scope string, change f
 		return s.templatesFailed(err)
 	}
 	key := s.templatesKey(scope)
-	const attempts = 20
-	var err, refused error
-	for range attempts {
-		var next *TemplateShelf
-		var version *redis.IntCmd
-		err = s.client.Watch(ctx, func(tx *redis.Tx) error {
-			fields, err := tx.HGetAll(ctx, key).Result()
-			if err != nil {
-				return err
-			}
-			shelf, err := shelfFrom(scope, fields)
-			if err != nil {
-				return err
-			}
-			if next, refused = change(shelf); refused != nil {
-				return refused
-			}
-			put, gone, err := shelf.changes(next)
-			if err != nil {
-				return err
-			}
-			_, err = tx.TxPipelined(ctx, func(p redis.Pipeliner) error {
-				for id, data := range put {
-					p.HSet(ctx, key, id, data)
-				}
-				if len(gone) > 0 {
-					p.HDel(ctx, key, gone...)
-				}
-				version = p.HIncrBy(ctx, key, templateVersion, 1)
-				return nil
-			})
+	var next *TemplateShelf
+	var version *redis.IntCmd
+	var refused error
+	err := transact(ctx, s.client, key, func(tx *redis.Tx) error {
+		fields, err := tx.HGetAll(ctx, key).Result()
+		if err != nil {
 			return err
-		}, key)
-		if err == nil {
-			s.templates.put(scope, &redisShelf{next, fmt.Sprint(version.Val()), s.now(), s.now()})
-			return nil
 		}
-		if refused != nil {
+		shelf, err := shelfFrom(scope, fields)
+		if err != nil {
+			return err
+		}
+		if next, refused = change(shelf); refused != nil {
 			return refused
 		}
-		if !errors.Is(err, redis.TxFailedErr) {
-			break
+		put, gone, err := shelf.changes(next)
+		if err != nil {
+			return err
 		}
-		select {
-		case <-time.After(around(5 * time.Millisecond)):
-		case <-ctx.Done():
-		}
+		_, err = tx.TxPipelined(ctx, func(p redis.Pipeliner) error {
+			for id, data := range put {
+				p.HSet(ctx, key, id, data)
+			}
+			if len(gone) > 0 {
+				p.HDel(ctx, key, gone...)
+			}
+			version = p.HIncrBy(ctx, key, templateVersion, 1)
+			return nil
+		})
+		return err
+	})
+	switch {
+	case refused != nil:
+		return refused
+	case err != nil:
+		return s.templatesFailed(err)
 	}
-	return s.templatesFailed(err)
+	s.templates.put(scope, &redisShelf{next, fmt.Sprint(version.Val()), s.now(), s.now()})
+	return nil
 }
 
 // templatesFailed marks what kept Redis from doing as it was told.

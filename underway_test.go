@@ -240,8 +240,9 @@ func (c *crowded) Admit(context.Context, Admission) (Verdict, error) {
 
 func (*crowded) Spent(context.Context, string, Period) (Money, error) { return 0, nil }
 
-func (*crowded) Settle(Event)    {}
-func (*crowded) Destruct() error { return nil }
+func (*crowded) Settle(Event)         {}
+func (*crowded) Leave(string, string) {}
+func (*crowded) Destruct() error      { return nil }
 
 func TestClientThatLeavesWaitsForNoTurn(t *testing.T) {
 	ctx, leave := context.WithCancel(t.Context())

@@ -200,25 +200,30 @@ func (g groupSums) groups(named func(name string) usageGroup) []usageGroup {
 	return list
 }
 
-// usageStore returns the store where it knows what was used, until release is called.
-func (x *exchange) usageStore() (UsageStore, *apiError) {
+// report authenticates, reads what is asked for, and has the store that knows what was used answer it.
+func (x *exchange) report(answer func(UsageStore, *usageRequest) *apiError) *apiError {
+	if refusal := x.authenticate(); refusal != nil {
+		return refusal
+	}
+	u, refusal := x.readUsage()
+	if refusal != nil {
+		return refusal
+	}
 	opened, err := x.h.store.acquire()
 	if err != nil {
-		return nil, x.storeFailed(err)
+		return x.storeFailed(err)
 	}
-	if store, ok := opened.(UsageStore); ok {
-		return store, nil
+	defer x.h.releaseStore()
+	store, ok := opened.(UsageStore)
+	if !ok {
+		return errorf(http.StatusServiceUnavailable, "store_unavailable", "The gateway's store keeps no sums.")
 	}
-	x.h.releaseStore()
-	return nil, errorf(http.StatusServiceUnavailable, "store_unavailable", "The gateway's store keeps no sums.")
+	return answer(store, u)
 }
 
-// readUsage authenticates, and reads what is asked for.
+// readUsage reads what is asked for: by default, all there is.
 func (x *exchange) readUsage() (*usageRequest, *apiError) {
-	if refusal := x.authenticate(); refusal != nil {
-		return nil, refusal
-	}
-	if x.r.ContentLength == 0 {
+	if x.r.Method == http.MethodGet || x.r.ContentLength == 0 {
 		return &usageRequest{limit: defaultEvents}, nil
 	}
 	body, refusal := readBody(x.w, x.r, min(64<<10, x.h.MaxBodySize))
@@ -230,16 +235,9 @@ func (x *exchange) readUsage() (*usageRequest, *apiError) {
 }
 
 // reportUsage serves POST /v1/usage.
-func (x *exchange) reportUsage() *apiError {
-	u, refusal := x.readUsage()
-	if refusal != nil {
-		return refusal
-	}
-	store, refusal := x.usageStore()
-	if refusal != nil {
-		return refusal
-	}
-	defer x.h.releaseStore()
+func (x *exchange) reportUsage() *apiError { return x.report(x.sumUsage) }
+
+func (x *exchange) sumUsage(store UsageStore, u *usageRequest) *apiError {
 	var all usageSums
 	models, days, sessions := make(groupSums), make(groupSums), make(groupSums)
 	q := u.query(x.key.id)
@@ -343,17 +341,11 @@ func (u *usageRequest) matches(e *Event, q *UsageQuery) bool {
 	return true
 }
 
-// listEvents serves POST /v1/usage/events. The total is that of the sums: the ledger may have dropped the oldest.
-func (x *exchange) listEvents() *apiError {
-	u, refusal := x.readUsage()
-	if refusal != nil {
-		return refusal
-	}
-	store, refusal := x.usageStore()
-	if refusal != nil {
-		return refusal
-	}
-	defer x.h.releaseStore()
+// listEvents serves POST /v1/usage/events.
+func (x *exchange) listEvents() *apiError { return x.report(x.pageOfEvents) }
+
+// pageOfEvents has the total of the sums: the ledger may have dropped the oldest.
+func (x *exchange) pageOfEvents(store UsageStore, u *usageRequest) *apiError {
 	q := u.query(x.key.id)
 	var sums usageSums
 	if err := store.Usage(x.r.Context(), q, func(row UsageRow) { sums.add(u.wants(&row)) }); err != nil {
@@ -387,15 +379,9 @@ func (x *exchange) listEvents() *apiError {
 }
 
 // getEvent serves GET /v1/usage/requests/{request_id}.
-func (x *exchange) getEvent() *apiError {
-	if refusal := x.authenticate(); refusal != nil {
-		return refusal
-	}
-	store, refusal := x.usageStore()
-	if refusal != nil {
-		return refusal
-	}
-	defer x.h.releaseStore()
+func (x *exchange) getEvent() *apiError { return x.report(x.oneEvent) }
+
+func (x *exchange) oneEvent(store UsageStore, _ *usageRequest) *apiError {
 	id := strings.TrimPrefix(x.r.URL.Path, requestsPath)
 	if _, ok := requestBegan(id); !ok {
 		return requestNotFound(id)
@@ -427,15 +413,9 @@ type metric struct {
 }
 
 // getStanding serves GET /v1/usage/rate-limits.
-func (x *exchange) getStanding() *apiError {
-	if refusal := x.authenticate(); refusal != nil {
-		return refusal
-	}
-	store, refusal := x.usageStore()
-	if refusal != nil {
-		return refusal
-	}
-	defer x.h.releaseStore()
+func (x *exchange) getStanding() *apiError { return x.report(x.standing) }
+
+func (x *exchange) standing(store UsageStore, _ *usageRequest) *apiError {
 	limits := x.key.limits()
 	s, err := store.Standing(x.r.Context(), x.key.id, limits)
 	if err != nil {

@@ -338,7 +338,7 @@ func (s *redisStore) Standing(ctx context.Context, keyID string, limits Limits) 
 		return own.standing(s.now(), limits), nil
 	}
 	var b balance
-	var underWay int64
+	var pending, parts int64
 	err := s.report(ctx, func(ctx context.Context) error {
 		values, err := s.client.HMGet(ctx, s.key(keyID, "account"), "minute", "minute_used", "day", "day_used", "total", "month", "month_spent",
 			"spend_day", "spend_day_spent", "tokens_minute", "tokens_minute_used").Result()
@@ -357,13 +357,16 @@ func (s *redisStore) Standing(ctx context.Context, keyID string, limits Limits) 
 			Minute: tally{n[0], n[1]}, Day: tally{n[2], n[3]}, Total: Money(n[4]), Month: tally{n[5], n[6]},
 			SpendDay: tally{n[7], n[8]}, Tokens: tally{n[9], n[10]},
 		}
-		underWay, err = s.client.HLen(ctx, s.key(keyID, "pending")).Result()
+		if pending, err = s.client.HLen(ctx, s.key(keyID, "pending")).Result(); err != nil {
+			return err
+		}
+		parts, err = s.client.HLen(ctx, s.key(keyID, "parts")).Result()
 		return err
 	})
 	if err != nil && !s.refuse && errors.Is(err, errUnavailable) {
 		return own.standing(s.now(), limits), nil
 	}
-	return Standing{b.standing(s.now(), limits), underWay}, err
+	return Standing{b.standing(s.now(), limits), pending - parts}, err
 }
 
 var _ UsageStore = (*redisStore)(nil)

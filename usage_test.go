@@ -9,16 +9,25 @@ import (
 	"time"
 )
 
+// eachStore calls fn for the gateway's own stores. Another's may still be open, for a stream that has not ended.
+func (g *gateway) eachStore(fn func(*localStore)) {
+	stores.Range(func(key, v any) bool {
+		if strings.HasPrefix(key.(string), "local:"+g.dir+"/") {
+			fn(v.(*localStore))
+		}
+		return true
+	})
+}
+
 // ledger returns the entries of the gateway's store, the oldest first, once there are n.
 func (g *gateway) ledger(n int) (events []Event) {
 	g.t.Helper()
 	eventually(g.t, "the ledger has its entries", func() bool {
 		events = events[:0]
-		stores.Range(func(_, v any) bool {
-			if err := v.(*localStore).events(func(e Event) bool { events = append([]Event{e}, events...); return true }); err != nil {
+		g.eachStore(func(s *localStore) {
+			if err := s.events(func(e Event) bool { events = append([]Event{e}, events...); return true }); err != nil {
 				g.t.Fatal(err)
 			}
-			return true
 		})
 		return len(events) >= n
 	})
@@ -36,13 +45,12 @@ func (g *gateway) spent(events []Event) (sum Money) {
 		keys[e.KeyID] += e.Cost
 		sum += e.Cost
 	}
-	stores.Range(func(_, v any) bool {
+	g.eachStore(func(s *localStore) {
 		for key, want := range keys {
-			if got := v.(*localStore).spend(key); got != want {
+			if got := s.spend(key); got != want {
 				g.t.Errorf("key %s has spent %s, and its ledger entries add up to %s", key, got, want)
 			}
 		}
-		return true
 	})
 	return sum
 }
