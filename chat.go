@@ -30,6 +30,7 @@ type chatRequest struct {
 	transforms   *bool         // whether middle-out is wanted; nil if it did not say
 	messages     span
 	tools        span
+	modalities   modalitySet // what the answer is to be made of
 
 	template      string            // a name or an id; empty for none
 	variables     map[string]string // for its slots
@@ -157,6 +158,7 @@ func (p *parser) object() {
 	case p.noMessages && p.req.template == "":
 		p.tooFewMessages()
 	}
+	p.checkAudio()
 	p.addMembers(kept, seen)
 	p.refuseTwins(seen, folded)
 }

@@ -34,7 +34,7 @@ var chatMembers = []member{
 	{name: "tools", check: (*parser).tools},
 	{name: "tool_choice", check: (*parser).toolChoice},
 	{name: "user", check: func(p *parser) { p.shortText(256) }},
-	{name: "modalities", check: func(p *parser) { p.list((*parser).modalityName) }},
+	{name: "modalities", check: func(p *parser) { p.list((*parser).outputModality) }},
 	{name: "audio", check: (*parser).audio},
 	{name: "session_id", gateway: true, check: func(p *parser) { p.req.sessionID = p.shortText(256) }},
 	{name: "timeout", gateway: true, check: (*parser).timeout},
@@ -269,7 +269,6 @@ func (p *parser) toolChoice() {
 var (
 	toolFields        = []string{"type", "function"}
 	functionFields    = []string{"name", "description", "parameters"}
-	outputAudioFields = []string{"voice", "format"}
 	imageOptionFields = []string{"n", "size", "quality", "response_format"}
 )
 
@@ -302,18 +301,6 @@ func (p *parser) function() {
 	if ok {
 		p.require(functionFields, 1, given)
 	}
-}
-
-func (p *parser) modalityName() { p.oneOf("text", "audio", "image") }
-
-func (p *parser) audio() {
-	p.fields(outputAudioFields, func(i int) {
-		if i == 0 {
-			p.skip() // a name, or an object for a voice of one's own
-		} else {
-			p.oneOf("wav", "mp3", "flac", "opus", "pcm16")
-		}
-	})
 }
 
 // image reports whether any option was given.

@@ -152,7 +152,7 @@ func (p *Price) check() error {
 	if p.Request < 0 {
 		return errors.New("an amount is negative")
 	}
-	for _, amount := range []Money{p.Input, p.Output, p.cachedInput()} {
+	for _, amount := range []Money{p.Input, p.Output, p.cachedInput(), p.audioInput(), p.audioOutput()} {
 		switch {
 		case amount < 0:
 			return errors.New("an amount is negative")

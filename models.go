@@ -76,13 +76,21 @@ type Price struct {
 	// Tokens of the prompt that the upstream had cached. Default: as input.
 	Cached *Money `json:"cached,omitempty"`
 
+	// Tokens of the prompt that are sound. Default: as input.
+	AudioInput *Money `json:"audio_input,omitempty"`
+
+	// Tokens of the answer that are sound. Default: as output.
+	AudioOutput *Money `json:"audio_output,omitempty"`
+
 	// Each request, whatever its tokens. Like a prompt's tokens, it is charged once an upstream has the request and
 	// may charge for it. Default: nothing.
 	Request Money `json:"request,omitempty"`
 }
 
 // free reports whether requests cost nothing at a price that is given.
-func (p *Price) free() bool { return p != nil && p.Input == 0 && p.Output == 0 && p.Request == 0 }
+func (p *Price) free() bool {
+	return p != nil && p.dearestInput() == 0 && p.dearestOutput() == 0 && p.Request == 0
+}
 
 func (m *Model) check(upstreams map[string]bool) error {
 	if err := checkPattern(m.Name); err != nil {

@@ -132,6 +132,8 @@ type listing struct {
 	Input         *json.Number `json:"input_cost_per_token"`
 	Output        *json.Number `json:"output_cost_per_token"`
 	Cached        *json.Number `json:"cache_read_input_token_cost"`
+	InputAudio    *json.Number `json:"input_cost_per_audio_token"`
+	OutputAudio   *json.Number `json:"output_cost_per_audio_token"`
 	Request       *json.Number `json:"input_cost_per_request"`
 	MaxInput      *json.Number `json:"max_input_tokens"`
 	MaxOutput     *json.Number `json:"max_output_tokens"`
@@ -154,31 +156,48 @@ func (l *listing) model() (m *listedModel, err error) {
 	if m.context, err = l.context(); err != nil {
 		return nil, err
 	}
-	if l.Input == nil && l.Output == nil && l.Request == nil {
+	if l.Input == nil && l.Output == nil && l.InputAudio == nil && l.OutputAudio == nil && l.Request == nil {
 		return m, nil
 	}
-	m.price = new(Price)
-	if m.price.Input, err = listedPrice(l.Input); err != nil {
+	m.price, err = l.price()
+	return m, err
+}
+
+func (l *listing) price() (p *Price, err error) {
+	p = new(Price)
+	if p.Input, err = listedPrice(l.Input); err != nil {
 		return nil, err
 	}
-	if m.price.Output, err = listedPrice(l.Output); err != nil {
+	if p.Output, err = listedPrice(l.Output); err != nil {
 		return nil, err
 	}
-	if l.Cached != nil {
-		cached, err := listedPrice(l.Cached)
+	for _, special := range []struct {
+		listed *json.Number
+		to     **Money
+	}{{l.Cached, &p.Cached}, {l.InputAudio, &p.AudioInput}, {l.OutputAudio, &p.AudioOutput}} {
+		if special.listed == nil {
+			continue
+		}
+		amount, err := listedPrice(special.listed)
 		if err != nil {
 			return nil, err
 		}
-		m.price.Cached = &cached
+		*special.to = &amount
 	}
-	if l.Request != nil {
-		amount, ok := scaled(l.Request.String(), 9)
-		if !ok || amount > maxListedRequest {
-			return nil, errAbsurd
-		}
-		m.price.Request = amount
+	p.Request, err = listedAmount(l.Request)
+	return p, err
+}
+
+// listedAmount reads a price that is not one of tokens.
+func listedAmount(n *json.Number) (Money, error) {
+	if n == nil {
+		return 0, nil
 	}
-	return m, nil
+	amount, ok := scaled(n.String(), 9)
+	if !ok || amount > maxListedRequest {
+		return 0, errAbsurd
+	}
+	return amount, nil
 }
 
 // listedPrice reads a price per token as one per million tokens.

@@ -74,20 +74,20 @@ func (r *chatRequest) maxCost(candidates []candidate) (most Money, bounded bool)
 		prompt := int64(len(r.body)+r.added) + int64(r.prompt.messages)*maxTokensPerMessage + tokensPerAnswer
 		if c.context > 0 && (r.prompt.media || prompt > c.context) {
 			prompt = c.context
-		} else if r.prompt.media && c.price.Input > 0 {
+		} else if r.prompt.media && c.price.dearestInput() > 0 {
 			return 0, false
 		}
 		answer := r.maxTokens
 		if c.context > 0 && (answer == 0 || answer > c.context) {
 			answer = c.context
 		}
-		if answer == 0 && c.price.Output > 0 {
+		if answer == 0 && c.price.dearestOutput() > 0 {
 			return 0, false
 		}
 		var cost tokenCost
-		cost.add(prompt, max(c.price.Input, c.price.cachedInput()))
+		cost.add(prompt, c.price.dearestInput())
 		for range max(r.choices, 1) {
-			cost.add(answer, c.price.Output)
+			cost.add(answer, c.price.dearestOutput())
 		}
 		most = max(most, cost.round().plus(c.price.Request))
 	}

@@ -10,6 +10,9 @@ type usage struct {
 	prompt     int64
 	cached     int64 // part of prompt
 	completion int64
+
+	promptAudio     int64 // part of prompt
+	completionAudio int64 // part of completion
 }
 
 // cost is what a request costs that used u; nothing where there is no price.
@@ -18,10 +21,14 @@ func (p *Price) cost(u usage) Money {
 		return 0
 	}
 	cached := min(u.cached, u.prompt)
+	heard := min(u.promptAudio, u.prompt-cached) // sound that was cached has the price of what is cached
+	spoken := min(u.completionAudio, u.completion)
 	var c tokenCost
-	c.add(u.prompt-cached, p.Input)
+	c.add(u.prompt-cached-heard, p.Input)
 	c.add(cached, p.cachedInput())
-	c.add(u.completion, p.Output)
+	c.add(heard, p.audioInput())
+	c.add(u.completion-spoken, p.Output)
+	c.add(spoken, p.audioOutput())
 	return c.round().plus(p.Request)
 }
 
@@ -30,6 +37,12 @@ func (p *Price) cachedInput() Money {
 		return *p.Cached
 	}
 	return p.Input
+}
+
+// use notes what the request used.
+func (e *Event) use(u usage) {
+	e.PromptTokens, e.CachedTokens, e.CompletionTokens = u.prompt, u.cached, u.completion
+	e.PromptAudioTokens, e.CompletionAudioTokens = u.promptAudio, u.completionAudio
 }
 
 // settle closes the request's account: what it used, what that costs, and the ledger's entry. By now the client has
@@ -52,7 +65,7 @@ func (x *exchange) settle(store Store, req *chatRequest, s *served) {
 			u.prompt = min(u.prompt, s.by.context)
 		}
 	}
-	e.PromptTokens, e.CachedTokens, e.CompletionTokens = u.prompt, u.cached, u.completion
+	e.use(u)
 	if s.by != nil {
 		e.Model, e.Upstream = s.by.model, s.by.upstream.Name
 		if s.known || s.prompt { // else it has not reached an upstream that may charge for it
@@ -164,7 +177,7 @@ func (c *cursor) choice(t *textSample) (finished bool) {
 	return finished
 }
 
-// message reads what a model says: its text, its reasoning, and the tools it calls.
+// message reads what a model says: its text, aloud or not, its reasoning, and the tools it calls.
 func (c *cursor) message(t *textSample) {
 	if t == nil {
 		c.skip()
@@ -178,6 +191,8 @@ func (c *cursor) message(t *textSample) {
 			c.eachOf(func() { c.toolCall(t) })
 		case "function_call":
 			c.functionCall(t)
+		case "audio":
+			c.transcript(t)
 		default:
 			c.skip()
 		}
@@ -230,18 +245,29 @@ func (c *cursor) usage() (u usage, ok bool) {
 		case "completion_tokens":
 			u.completion, hasCompletion = c.count()
 		case "prompt_tokens_details":
-			c.eachMember(func(name []byte) {
-				if string(name) == "cached_tokens" {
-					u.cached, _ = c.count()
-					return
-				}
-				c.skip()
-			})
+			u.cached, u.promptAudio = c.tokenDetails()
+		case "completion_tokens_details":
+			_, u.completionAudio = c.tokenDetails()
 		default:
 			c.skip()
 		}
 	})
 	return u, hasPrompt && hasCompletion
+}
+
+// tokenDetails reads of which kinds the tokens were.
+func (c *cursor) tokenDetails() (cached, audio int64) {
+	c.eachMember(func(name []byte) {
+		switch string(name) {
+		case "cached_tokens":
+			cached, _ = c.count()
+		case "audio_tokens":
+			audio, _ = c.count()
+		default:
+			c.skip()
+		}
+	})
+	return cached, audio
 }
 
 // count reads a number of tokens.
