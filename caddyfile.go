@@ -60,9 +60,11 @@ import (
 //		}
 //		model <name or pattern> [<upstreams...>] {
 //			upstream          <name> [as <its name for the model>] [weight <number>] [price <input> <output>] [price_audio <input> <output>]
+//			                  [price_image <USD>]
 //			price             <USD per million tokens of input> <of output>
 //			price_cached      <USD per million cached tokens of input>
 //			price_audio       <USD per million tokens of input that are sound> <of output>
+//			price_image       <USD per image that it makes>
 //			price_request     <USD per request>
 //			context_length    <tokens>
 //			transforms        middle-out
@@ -391,6 +393,7 @@ func (p *blockParser) model(h *Handler) error {
 		"price":          {parse: func() error { return p.amounts(&said.input, &said.output) }},
 		"price_cached":   {parse: func() error { return p.amounts(&said.cached) }},
 		"price_audio":    {parse: func() error { return p.amounts(&said.audioInput, &said.audioOutput) }},
+		"price_image":    {parse: func() error { return p.amounts(&said.image) }},
 		"price_request":  {parse: func() error { return p.amounts(&said.request) }},
 		"context_length": {parse: func() error { return p.number(&m.ContextLength) }},
 

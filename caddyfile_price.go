@@ -7,7 +7,7 @@ type pricing struct {
 	input, output           *Money
 	cached                  *Money
 	audioInput, audioOutput *Money
-	request                 *Money
+	request, image          *Money
 }
 
 // price returns the price that was said, or nil.
@@ -18,13 +18,13 @@ func (s *pricing) price() (*Price, error) {
 			return nil, errors.New("price_cached needs a price beside it")
 		case s.audioInput != nil:
 			return nil, errors.New("price_audio needs a price beside it")
-		case s.request == nil:
+		case s.request == nil && s.image == nil:
 			return nil, nil
 		}
 	}
 	price := &Price{Cached: s.cached, AudioInput: s.audioInput, AudioOutput: s.audioOutput}
 	for _, part := range []struct{ to, said *Money }{
-		{&price.Input, s.input}, {&price.Output, s.output}, {&price.Request, s.request},
+		{&price.Input, s.input}, {&price.Output, s.output}, {&price.Request, s.request}, {&price.Image, s.image},
 	} {
 		if part.said != nil {
 			*part.to = *part.said
@@ -62,6 +62,8 @@ func (p *blockParser) targetPrice(args []string, said *pricing) (taken int, err 
 		to = []**Money{&said.input, &said.output}
 	case "price_audio":
 		to = []**Money{&said.audioInput, &said.audioOutput}
+	case "price_image":
+		to = []**Money{&said.image}
 	}
 	if taken = 1 + len(to); len(to) == 0 || len(args) < taken {
 		return 0, p.ArgErr()

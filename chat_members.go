@@ -46,8 +46,8 @@ var chatMembers = []member{
 		on := p.list(func(p *parser) { p.oneOf(middleOut) }) > 0
 		p.req.transforms = &on
 	}},
-	{name: "modality", gateway: true, check: func(p *parser) { p.unbuilt(p.oneOf("text", "image") == "image") }},
-	{name: "image", gateway: true, check: func(p *parser) { p.unbuilt(p.image()) }},
+	{name: "modality", gateway: true, check: func(p *parser) { p.req.image.modality = p.oneOf("text", kindImage) == kindImage }},
+	{name: "image", gateway: true, check: (*parser).image},
 	{name: "async_mode", gateway: true, check: func(p *parser) { on, _ := p.boolean(); p.unbuilt(on) }},
 }
 
@@ -267,9 +267,8 @@ func (p *parser) toolChoice() {
 }
 
 var (
-	toolFields        = []string{"type", "function"}
-	functionFields    = []string{"name", "description", "parameters"}
-	imageOptionFields = []string{"n", "size", "quality", "response_format"}
+	toolFields     = []string{"type", "function"}
+	functionFields = []string{"name", "description", "parameters"}
 )
 
 func (p *parser) tools() {
@@ -301,21 +300,6 @@ func (p *parser) function() {
 	if ok {
 		p.require(functionFields, 1, given)
 	}
-}
-
-// image reports whether any option was given.
-func (p *parser) image() bool {
-	given, _, _ := p.fields(imageOptionFields, func(i int) {
-		switch i {
-		case 0:
-			p.number(rule{integer: true, min: 1, max: 10})
-		case 3:
-			p.oneOf("url", "b64_json")
-		default:
-			p.text()
-		}
-	})
-	return given != 0
 }
 
 // timeout is in seconds. More than a day is as good as a day.

@@ -31,6 +31,10 @@ func (c *comparison) newCall(model string, body []byte) *compareCall {
 	call.x.event.ComparisonID = c.id
 	call.x.limit = c.limit
 	call.req, call.candidates, call.refusal = call.x.prepare(body)
+	if call.refusal == nil && call.req.images != nil {
+		call.refusal = errorf(http.StatusUnprocessableEntity, "unprocessable_entity",
+			"%s makes images, and only texts can be compared.", model)
+	}
 	return call
 }
 

@@ -362,6 +362,7 @@ func (e *Event) MarshalLogObject(enc zapcore.ObjectEncoder) error {
 	}
 	number("prompt_audio_tokens", e.PromptAudioTokens)
 	number("completion_audio_tokens", e.CompletionAudioTokens)
+	number("images", e.Images)
 	enc.AddBool("estimated", e.Estimated)
 	enc.AddString("cost_usd", e.Cost.String())
 	return nil

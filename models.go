@@ -85,11 +85,14 @@ type Price struct {
 	// Each request, whatever its tokens. Like a prompt's tokens, it is charged once an upstream has the request and
 	// may charge for it. Default: nothing.
 	Request Money `json:"request,omitempty"`
+
+	// Each image that it makes for a request of the modality `image`, beside tokens. Default: nothing.
+	Image Money `json:"image,omitempty"`
 }
 
 // free reports whether requests cost nothing at a price that is given.
 func (p *Price) free() bool {
-	return p != nil && p.dearestInput() == 0 && p.dearestOutput() == 0 && p.Request == 0
+	return p != nil && p.dearestInput() == 0 && p.dearestOutput() == 0 && p.Request == 0 && p.Image == 0
 }
 
 func (m *Model) check(upstreams map[string]bool) error {
@@ -328,6 +331,9 @@ func (x *exchange) route(req *chatRequest) ([]candidate, *apiError) {
 		x.event.Model = name
 	}
 	if refusal != nil {
+		return nil, refusal
+	}
+	if refusal := req.asImages(entry.kind(name)); refusal != nil {
 		return nil, refusal
 	}
 	list := entry.candidates(name)

@@ -22,7 +22,7 @@ type priceBook struct {
 
 // listedModel is a model of a price book.
 type listedModel struct {
-	price   *Price // nil where it has no price per token or request
+	price   *Price // nil where it has no price per token, request or image
 	context int64
 	about   About
 }
@@ -32,7 +32,7 @@ const (
 	maxPriceFile = 10 << 20
 
 	// A price beyond these is in another unit, most likely a million times too high or too low. The dearest models cost
-	// some hundreds of USD per million tokens, the cheapest some thousandths. Per million tokens, and per request:
+	// some hundreds of USD per million tokens, the cheapest some thousandths. Per million tokens, and per request or image:
 	maxListedPrice   = 10_000 * usd
 	minListedPrice   = usd / 10_000
 	maxListedRequest = 1_000 * usd
@@ -134,6 +134,8 @@ type listing struct {
 	Cached        *json.Number `json:"cache_read_input_token_cost"`
 	InputAudio    *json.Number `json:"input_cost_per_audio_token"`
 	OutputAudio   *json.Number `json:"output_cost_per_audio_token"`
+	OutputPixels  *json.Number `json:"output_cost_per_image_token"`
+	Image         *json.Number `json:"output_cost_per_image"`
 	Request       *json.Number `json:"input_cost_per_request"`
 	MaxInput      *json.Number `json:"max_input_tokens"`
 	MaxOutput     *json.Number `json:"max_output_tokens"`
@@ -156,7 +158,10 @@ func (l *listing) model() (m *listedModel, err error) {
 	if m.context, err = l.context(); err != nil {
 		return nil, err
 	}
-	if l.Input == nil && l.Output == nil && l.InputAudio == nil && l.OutputAudio == nil && l.Request == nil {
+	if m.about.Type == kindImage && l.OutputPixels != nil { // all that it makes are images
+		l.Output = l.OutputPixels
+	}
+	if l.Input == nil && l.Output == nil && l.InputAudio == nil && l.OutputAudio == nil && l.Request == nil && l.Image == nil {
 		return m, nil
 	}
 	m.price, err = l.price()
@@ -183,6 +188,9 @@ func (l *listing) price() (p *Price, err error) {
 			return nil, err
 		}
 		*special.to = &amount
+	}
+	if p.Image, err = listedAmount(l.Image); err != nil {
+		return nil, err
 	}
 	p.Request, err = listedAmount(l.Request)
 	return p, err

@@ -148,6 +148,7 @@ type Event struct {
 
 	PromptAudioTokens     int64 `json:"prompt_audio_tokens,omitempty"`     // part of PromptTokens
 	CompletionAudioTokens int64 `json:"completion_audio_tokens,omitempty"` // part of CompletionTokens
+	Images                int64 `json:"images,omitempty"`                  // that were made for a request for images
 
 	Estimated bool  `json:"estimated,omitempty"` // the tokens are an estimate, because the upstream did not say
 	Cost      Money `json:"cost_usd"`

@@ -13,6 +13,8 @@ type usage struct {
 
 	promptAudio     int64 // part of prompt
 	completionAudio int64 // part of completion
+
+	images int64 // that were made for a request for images
 }
 
 // cost is what a request costs that used u; nothing where there is no price.
@@ -29,6 +31,7 @@ func (p *Price) cost(u usage) Money {
 	c.add(heard, p.audioInput())
 	c.add(u.completion-spoken, p.Output)
 	c.add(spoken, p.audioOutput())
+	c.addEach(u.images, p.Image)
 	return c.round().plus(p.Request)
 }
 
@@ -43,6 +46,7 @@ func (p *Price) cachedInput() Money {
 func (e *Event) use(u usage) {
 	e.PromptTokens, e.CachedTokens, e.CompletionTokens = u.prompt, u.cached, u.completion
 	e.PromptAudioTokens, e.CompletionAudioTokens = u.promptAudio, u.completionAudio
+	e.Images = u.images
 }
 
 // settle closes the request's account: what it used, what that costs, and the ledger's entry. By now the client has
@@ -55,15 +59,11 @@ func (x *exchange) settle(store Store, req *chatRequest, s *served) {
 		e.Status, e.Error = s.refusal.status, s.refusal.code
 	}
 	u := s.usage
-	if s.known {
+	if s.known && req.images == nil {
 		x.h.answers.note(u.completion)
 	}
 	if !s.known && s.prompt {
-		u = usage{prompt: req.prompt.estimate(req.body), completion: s.text.estimate()}
-		e.Estimated = true
-		if s.by != nil && req.wantsMiddleOut(s.by) { // more than that was not sent
-			u.prompt = min(u.prompt, s.by.context)
-		}
+		u, e.Estimated = req.estimate(s), true
 	}
 	e.use(u)
 	if s.by != nil {
@@ -78,6 +78,19 @@ func (x *exchange) settle(store Store, req *chatRequest, s *served) {
 	e.Time = time.Now().UTC()
 	e.Duration = e.Time.Sub(x.started)
 	store.Settle(*e)
+}
+
+// estimate returns about what was used for an answer whose upstream does not say. What images would have cost that nobody
+// has received is not known.
+func (r *chatRequest) estimate(s *served) usage {
+	if r.images != nil {
+		return usage{}
+	}
+	u := usage{prompt: r.prompt.estimate(r.body), completion: s.text.estimate()}
+	if s.by != nil && r.wantsMiddleOut(s.by) { // more than that was not sent
+		u.prompt = min(u.prompt, s.by.context)
+	}
+	return u
 }
 
 // said is what one JSON text of an answer, a whole body or the data of one event, says about itself.

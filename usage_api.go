@@ -295,6 +295,7 @@ type publicEvent struct {
 	TotalTokens      int64     `json:"total_tokens"`
 	PromptAudio      int64     `json:"prompt_audio_tokens,omitempty"`
 	CompletionAudio  int64     `json:"completion_audio_tokens,omitempty"`
+	Images           int64     `json:"images,omitempty"`
 	Estimated        bool      `json:"estimated"`
 	Cost             Money     `json:"cost_usd"`
 	LatencyMS        int64     `json:"latency_ms"`
@@ -321,7 +322,7 @@ func (x *exchange) public(e *Event) publicEvent {
 		Status: e.status(), StatusCode: e.Status, Outcome: e.Outcome, ErrorCode: e.Error, Attempts: e.Attempts,
 		PromptTokens: e.PromptTokens, CachedTokens: e.CachedTokens, CompletionTokens: e.CompletionTokens,
 		TotalTokens: e.PromptTokens + e.CompletionTokens, PromptAudio: e.PromptAudioTokens, CompletionAudio: e.CompletionAudioTokens,
-		Estimated: e.Estimated, Cost: e.Cost, LatencyMS: e.Duration.Milliseconds(),
+		Images: e.Images, Estimated: e.Estimated, Cost: e.Cost, LatencyMS: e.Duration.Milliseconds(),
 	}
 	if e.TTFT > 0 {
 		ms := e.TTFT.Milliseconds()
