@@ -155,9 +155,9 @@ func (p *parser) refuseChatOnly(name string) {
 	if i, exact := lookup(chatNames, []byte(name)); exact && chatMembers[i].gateway {
 		return
 	}
-	msg := "Value error, images are not made with it"
+	msg := "Value error, it has no meaning for images"
 	if _, known := lookup(imageOptionFields, []byte(name)); known {
-		msg = "Value error, of images it is said in image." + name
+		msg = "Value error, for images it is image." + name
 	}
 	p.at(name).faultf("value_error", msg)
 	p.up()

@@ -278,3 +278,13 @@ func TestUpstreamMayHaveItsOwnPriceOfImages(t *testing.T) {
 		t.Errorf("%q %s", r.Header, r.body)
 	}
 }
+
+func TestAnswerOfImagesIsBounded(t *testing.T) {
+	a := newAnswer(nil, &chatRequest{images: new(imageCall)}, new(candidate))
+	if _, err := a.Write(make([]byte, maxWhole)); err != nil {
+		t.Error(err)
+	}
+	if _, err := a.Write([]byte("x")); err != errTooLong || a.fault != errTooLong {
+		t.Errorf("%v, %v", err, a.fault)
+	}
+}

@@ -96,8 +96,8 @@ func TestOnlyARequestForImagesLeavesTheChat(t *testing.T) {
 
 func TestRequestForImagesNamesWhatIsWrongWithIt(t *testing.T) {
 	const (
-		chatOnly = "value_error [body %s] Value error, images are not made with it"
-		misplace = "value_error [body %s] Value error, of images it is said in image.%s"
+		chatOnly = "value_error [body %s] Value error, it has no meaning for images"
+		misplace = "value_error [body %s] Value error, for images it is image.%s"
 		noText   = "value_error [body messages] Value error, the last message of the user has no text to make images of"
 		notText  = "value_error [body messages] Value error, images are made of text alone, and the last message of the user has other parts"
 		notHere  = "value_error [body image] Value error, images are for the modality 'image', or for a model whose type that is"

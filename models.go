@@ -61,7 +61,7 @@ type Target struct {
 	// How often it is the first to be asked, compared with the others, under the policy `weighted`. Default: 1.
 	Weight int64 `json:"weight,omitempty"`
 
-	// What tokens cost there. Default: the model's price.
+	// What requests cost there. Default: the model's price.
 	Price *Price `json:"price,omitempty"`
 }
 
