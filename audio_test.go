@@ -148,12 +148,17 @@ func TestMostThatARequestCanCostIsInTheDearerPrice(t *testing.T) {
 	if cheap := most(Price{Input: 1_000_000, Output: 2_000_000, AudioInput: amount(0), AudioOutput: amount(0)}); cheap != text {
 		t.Errorf("%d, and with sound for nothing %d", text, cheap)
 	}
-	spoken, refused := parseChat([]byte(`{"max_tokens":1,"messages":[{"role":"user","content":[{"type":"input_audio","input_audio":{"data":"AA==","format":"wav"}}]}]}`))
-	if refused != nil {
-		t.Fatal(refused)
-	}
-	if _, bounded := spoken.maxCost([]candidate{{price: &Price{AudioInput: amount(40_000_000)}}}); bounded {
-		t.Error("a recording of unknown length is bounded")
+	for _, message := range []string{
+		`{"role":"user","content":[{"type":"input_audio","input_audio":{"data":"AA==","format":"wav"}}]}`,
+		`{"role":"assistant","audio":{"id":"audio_1"}}`,
+	} {
+		spoken, refused := parseChat([]byte(`{"max_tokens":1,"messages":[` + message + `]}`))
+		if refused != nil {
+			t.Fatal(refused)
+		}
+		if _, bounded := spoken.maxCost([]candidate{{price: &Price{AudioInput: amount(40_000_000)}}}); bounded {
+			t.Errorf("a recording of unknown length is bounded: %s", message)
+		}
 	}
 }
 

@@ -124,6 +124,9 @@ func (p *parser) message() {
 			p.text()
 		case 4:
 			noCalls = p.list(func(p *parser) { p.fields(nil, nil) }) == 0
+		case 6: // what was said aloud before, which the upstream has kept
+			p.req.prompt.media = true
+			p.skip()
 		default:
 			p.skip()
 		}
