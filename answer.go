@@ -48,6 +48,7 @@ type answer struct {
 
 	stream *stream      // where the answer is one
 	whole  bytes.Buffer // where it is not, or an error
+	images int64        // that were made for a request for images
 
 	err        error // what the handler returned
 	timedOut   bool  // the request's time ran out meanwhile
@@ -88,7 +89,7 @@ func (a *answer) WriteHeader(status int) {
 		a.begun()
 	}
 	switch {
-	case isStream && !a.req.stream,
+	case isStream && !a.req.wantsEvents(),
 		encoding != "" && !strings.EqualFold(encoding, "identity"):
 		a.fault = errUnreadable
 	case isStream:
@@ -242,8 +243,15 @@ func (a *answer) finish() {
 		return
 	}
 	body := a.whole.Bytes()
+	if a.req.images != nil {
+		if body = a.imagesBody(); a.req.stream {
+			a.streamImages(body)
+			return
+		}
+	}
 	said := readAnswer(body, nil)
-	if !said.readable || said.failed || a.req.stream {
+	said.usage.images = a.images
+	if !said.readable || said.failed || a.req.wantsEvents() {
 		a.fault = errUnreadable
 		return
 	}

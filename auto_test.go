@@ -397,3 +397,23 @@ func TestChoicesAreCounted(t *testing.T) {
 		}
 	}
 }
+
+func TestAutoMayChooseBetweenWordsAndImages(t *testing.T) {
+	var painter atomic.Bool
+	up := routed(t, func(*http.Request) string {
+		if painter.Load() {
+			return "test/painter"
+		}
+		return "test/code"
+	})
+	g := startGateway(t, up.address(), site(strings.Replace(autoBlock, "candidate test/code", "candidate test/painter \"paintings\"\n\t\tcandidate test/code", 1)+
+		"\tmodel test/painter up {\n\t\ttype image\n\t}\n"))
+	const body = `{"model":"auto","messages":[{"role":"user","content":"An otter"}]}`
+	for _, want := range []string{"/v1/chat/completions", "/v1/images/generations"} {
+		g.post(body) // the answer is that of a chat, which no images API would give
+		if got := up.last(t).URL.Path; got != want {
+			t.Errorf("%s, want %s", got, want)
+		}
+		painter.Store(true)
+	}
+}

@@ -59,9 +59,12 @@ import (
 //			}
 //		}
 //		model <name or pattern> [<upstreams...>] {
-//			upstream          <name> [as <its name for the model>] [weight <number>] [price <input> <output>]
+//			upstream          <name> [as <its name for the model>] [weight <number>] [price <input> <output>] [price_audio <input> <output>]
+//			                  [price_image <USD>]
 //			price             <USD per million tokens of input> <of output>
 //			price_cached      <USD per million cached tokens of input>
+//			price_audio       <USD per million tokens of input that are sound> <of output>
+//			price_image       <USD per image that it makes>
 //			price_request     <USD per request>
 //			context_length    <tokens>
 //			transforms        middle-out
@@ -392,12 +395,14 @@ func (p *blockParser) model(h *Handler) error {
 		p.target(m, &Target{Upstream: upstream})
 	}
 	h.Models = append(h.Models, m)
-	var cached, request *Money
+	var said pricing
 	err := p.block(words{
 		"upstream":       {parse: func() error { return p.modelUpstream(m) }, many: true},
-		"price":          {parse: func() error { return p.price(m) }},
-		"price_cached":   {parse: func() error { return p.amount(&cached) }},
-		"price_request":  {parse: func() error { return p.amount(&request) }},
+		"price":          {parse: func() error { return p.amounts(&said.input, &said.output) }},
+		"price_cached":   {parse: func() error { return p.amounts(&said.cached) }},
+		"price_audio":    {parse: func() error { return p.amounts(&said.audioInput, &said.audioOutput) }},
+		"price_image":    {parse: func() error { return p.amounts(&said.image) }},
+		"price_request":  {parse: func() error { return p.amounts(&said.request) }},
 		"context_length": {parse: func() error { return p.number(&m.ContextLength) }},
 
 		"transforms":         {parse: func() error { return p.list(&m.Transforms) }},
@@ -414,49 +419,15 @@ func (p *blockParser) model(h *Handler) error {
 	if err != nil {
 		return err
 	}
-	if request != nil {
-		if m.Price == nil {
-			m.Price = new(Price)
-		}
-		m.Price.Request = *request
+	if m.Price, err = said.price(); err != nil {
+		return p.locate(wrongf(m, "model %s: %w", m.Name, err))
 	}
-	if cached == nil {
-		return nil
-	}
-	if m.Price == nil {
-		return p.locate(wrongf(m, "model %s: price_cached needs a price beside it", m.Name))
-	}
-	m.Price.Cached = cached
 	return nil
 }
 
 func (p *blockParser) target(m *Model, t *Target) {
 	p.places[t] = *p.Dispenser
 	m.Targets = append(m.Targets, t)
-}
-
-func (p *blockParser) price(m *Model) (err error) {
-	var input, output string
-	if !p.AllArgs(&input, &output) {
-		return p.ArgErr()
-	}
-	m.Price = new(Price)
-	if m.Price.Input, err = p.money(input); err != nil {
-		return err
-	}
-	m.Price.Output, err = p.money(output)
-	return err
-}
-
-// amount parses one amount of USD.
-func (p *blockParser) amount(to **Money) error {
-	var s string
-	if err := p.text(&s); err != nil {
-		return err
-	}
-	amount, err := p.money(s)
-	*to = &amount
-	return err
 }
 
 // UnmarshalCaddyfile sets up the store from Caddyfile tokens. Syntax:

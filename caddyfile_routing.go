@@ -10,6 +10,7 @@ func (p *blockParser) modelUpstream(m *Model) (err error) {
 	}
 	t := &Target{Upstream: args[0]}
 	p.target(m, t)
+	var said pricing
 	for args = args[1:]; len(args) > 1; {
 		taken := 2
 		switch args[0] {
@@ -19,24 +20,18 @@ func (p *blockParser) modelUpstream(m *Model) (err error) {
 			if t.Weight, err = strconv.ParseInt(args[1], 10, 64); err != nil || t.Weight < 1 || t.Weight > maxWeight {
 				return p.Errf("weight: %q is not a whole number between 1 and %d", args[1], maxWeight)
 			}
-		case "price":
-			if taken = 3; len(args) < taken {
-				return p.ArgErr()
-			}
-			t.Price = new(Price)
-			if t.Price.Input, err = p.money(args[1]); err != nil {
-				return err
-			}
-			if t.Price.Output, err = p.money(args[2]); err != nil {
-				return err
-			}
 		default:
-			return p.ArgErr()
+			if taken, err = p.targetPrice(args, &said); err != nil {
+				return err
+			}
 		}
 		args = args[taken:]
 	}
 	if len(args) > 0 {
 		return p.ArgErr()
+	}
+	if t.Price, err = said.price(); err != nil {
+		return p.Errf("upstream %s: %v", t.Upstream, err)
 	}
 	return nil
 }

@@ -137,8 +137,15 @@ func (e *catalogueEntry) describe(a *About) {
 	}
 }
 
+// onlyImages reports whether images are all that has a price: the catalogue's pricing has no place for that.
+func (p *Price) onlyImages() bool {
+	rest := *p
+	rest.Image = 0
+	return p.Image > 0 && rest.free()
+}
+
 func (p *Price) entry() *cataloguePricing {
-	if p == nil {
+	if p == nil || p.onlyImages() {
 		return nil
 	}
 	e := &cataloguePricing{

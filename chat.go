@@ -30,6 +30,9 @@ type chatRequest struct {
 	transforms   *bool         // whether middle-out is wanted; nil if it did not say
 	messages     span
 	tools        span
+	modalities   modalitySet // what the answer is to be made of
+	image        imageWish
+	images       *imageCall // what is asked of the upstream in place of a chat completion; nil: it is one
 
 	template      string            // a name or an id; empty for none
 	variables     map[string]string // for its slots
@@ -157,6 +160,7 @@ func (p *parser) object() {
 	case p.noMessages && p.req.template == "":
 		p.tooFewMessages()
 	}
+	p.checkAudio()
 	p.addMembers(kept, seen)
 	p.refuseTwins(seen, folded)
 }
@@ -223,6 +227,9 @@ func (r *chatRequest) segments(model string) (parts [][]byte, size int64) {
 
 // segmentsFor is segments for one candidate, whose upstream may have its own way.
 func (r *chatRequest) segmentsFor(c *candidate) (parts [][]byte, size int64) {
+	if r.images != nil {
+		return r.images.segments(c.as)
+	}
 	edits := r.edits
 	if c.upstream.NoStreamOptions {
 		edits = r.editsWithoutOptions()

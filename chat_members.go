@@ -34,7 +34,7 @@ var chatMembers = []member{
 	{name: "tools", check: (*parser).tools},
 	{name: "tool_choice", check: (*parser).toolChoice},
 	{name: "user", check: func(p *parser) { p.shortText(256) }},
-	{name: "modalities", check: func(p *parser) { p.list((*parser).modalityName) }},
+	{name: "modalities", check: func(p *parser) { p.list((*parser).outputModality) }},
 	{name: "audio", check: (*parser).audio},
 	{name: "session_id", gateway: true, check: func(p *parser) { p.req.sessionID = p.shortText(256) }},
 	{name: "timeout", gateway: true, check: (*parser).timeout},
@@ -46,8 +46,8 @@ var chatMembers = []member{
 		on := p.list(func(p *parser) { p.oneOf(middleOut) }) > 0
 		p.req.transforms = &on
 	}},
-	{name: "modality", gateway: true, check: func(p *parser) { p.unbuilt(p.oneOf("text", "image") == "image") }},
-	{name: "image", gateway: true, check: func(p *parser) { p.unbuilt(p.image()) }},
+	{name: "modality", gateway: true, check: func(p *parser) { p.req.image.modality = p.oneOf("text", kindImage) == kindImage }},
+	{name: "image", gateway: true, check: (*parser).image},
 	{name: "async_mode", gateway: true, check: func(p *parser) { on, _ := p.boolean(); p.unbuilt(on) }},
 }
 
@@ -124,6 +124,9 @@ func (p *parser) message() {
 			p.text()
 		case 4:
 			noCalls = p.list(func(p *parser) { p.fields(nil, nil) }) == 0
+		case 6: // what was said aloud before, which the upstream has kept
+			p.req.prompt.media = true
+			p.skip()
 		default:
 			p.skip()
 		}
@@ -267,10 +270,8 @@ func (p *parser) toolChoice() {
 }
 
 var (
-	toolFields        = []string{"type", "function"}
-	functionFields    = []string{"name", "description", "parameters"}
-	outputAudioFields = []string{"voice", "format"}
-	imageOptionFields = []string{"n", "size", "quality", "response_format"}
+	toolFields     = []string{"type", "function"}
+	functionFields = []string{"name", "description", "parameters"}
 )
 
 func (p *parser) tools() {
@@ -302,33 +303,6 @@ func (p *parser) function() {
 	if ok {
 		p.require(functionFields, 1, given)
 	}
-}
-
-func (p *parser) modalityName() { p.oneOf("text", "audio", "image") }
-
-func (p *parser) audio() {
-	p.fields(outputAudioFields, func(i int) {
-		if i == 0 {
-			p.skip() // a name, or an object for a voice of one's own
-		} else {
-			p.oneOf("wav", "mp3", "flac", "opus", "pcm16")
-		}
-	})
-}
-
-// image reports whether any option was given.
-func (p *parser) image() bool {
-	given, _, _ := p.fields(imageOptionFields, func(i int) {
-		switch i {
-		case 0:
-			p.number(rule{integer: true, min: 1, max: 10})
-		case 3:
-			p.oneOf("url", "b64_json")
-		default:
-			p.text()
-		}
-	})
-	return given != 0
 }
 
 // timeout is in seconds. More than a day is as good as a day.

@@ -24,7 +24,7 @@ func TestEveryMemberAcceptsWhatTheContractNames(t *testing.T) {
 			`[{"function":{"description":null,"parameters":null,"name":"f"},"type":"function"}]`},
 		"tool_choice": {`"auto"`, `{"type":"function"}`, `{}`},
 		"user":        {`""`, `"` + strings.Repeat("😀", 256) + `"`, `"` + strings.Repeat(`\ud83d\ude00`, 256) + `"`},
-		"modality":    {`"text"`, `"tex\u0074"`},
+		"modality":    {`"text"`, `"tex\u0074"`, `"image"`},
 		"modalities":  {`[]`, `["text","audio","image"]`},
 		"audio":       {`{}`, `{"voice":"alloy","format":"wav"}`, `{"voice":{"id":"v"},"format":"pcm16"}`, `{"format":null,"x":1}`},
 		"timeout":     {`1`, `0.001`, `1e300`},
@@ -32,7 +32,7 @@ func TestEveryMemberAcceptsWhatTheContractNames(t *testing.T) {
 		"variables":   {`{}`},
 		"models":      {`[]`},
 		"transforms":  {`[]`, `["middle-out"]`},
-		"image":       {`{}`, `{"n":null,"size":null}`},
+		"image":       {`{}`, `{"n":null,"size":null,"style":null}`, `{"n":10,"size":"1x1","quality":"hd","response_format":"b64_json"}`},
 		"async_mode":  {`false`},
 
 		// not the gateway's: anything goes
@@ -48,9 +48,13 @@ func TestEveryMemberAcceptsWhatTheContractNames(t *testing.T) {
 		}
 	}
 	for name, values := range good {
+		rest := msgs
+		if name == "audio" {
+			rest = `"modalities":["audio"],` + msgs
+		}
 		for _, value := range values {
-			expectFaults(t, `{"`+name+`":`+value+`,`+msgs+`}`)
-			expectFaults(t, "{"+msgs+", \""+name+"\" :\n"+value+" }")
+			expectFaults(t, `{"`+name+`":`+value+`,`+rest+`}`)
+			expectFaults(t, "{"+rest+", \""+name+"\" :\n"+value+" }")
 		}
 	}
 }
@@ -133,7 +137,6 @@ func TestEveryMemberNamesWhatIsWrongWithIt(t *testing.T) {
 		{"user", `"` + strings.Repeat(`\ud83d\ude00`, 257) + `"`, "string_too_long %s: String should have at most 256 characters"},
 		{"modality", `"audio"`, "literal_error %s: Input should be 'text' or 'image'"},
 		{"modality", `5`, "string_type %s: " + notString},
-		{"modality", `"image"`, unbuiltMsg},
 		{"modalities", `"text"`, "list_type %s: " + notList},
 		{"modalities", `["text","smell"]`, "literal_error %s[1]: Input should be 'text', 'audio' or 'image'"},
 		{"modalities", `[5]`, "string_type %s[0]: " + notString},
@@ -156,17 +159,23 @@ func TestEveryMemberNamesWhatIsWrongWithIt(t *testing.T) {
 		{"models", `"a/b"`, "list_type %s: " + notList},
 		{"transforms", `"middle-out"`, "list_type %s: " + notList},
 		{"image", `[]`, "dict_type %s: " + notDict},
-		{"image", `{"n":1}`, unbuiltMsg},
-		{"image", `{"size":"1x1","quality":"hd","response_format":"url"}`, unbuiltMsg},
+		{"image", `{"n":11}`, "less_than_equal %s.n: Input should be less than or equal to 10"},
+		{"image", `{"n":1.5}`, inside(fractional, ".n")},
+		{"image", `{"size":"1x1","n":1,"n":2}`, inside(twiceMsg, ".n")},
+		{"image", `{"quality":5}`, "string_type %s.quality: " + notString},
+		{"image", `{"style":"vivid"}`, "extra_forbidden %s.style: Extra inputs are not permitted"},
 		{"async_mode", `1`, "bool_type %s: " + notBool},
 		{"async_mode", `true`, unbuiltMsg},
 	}
 	tested := map[string]bool{"messages": true, "n": true, "max_completion_tokens": true} // the upstream checks those two
 	for _, c := range cases {
 		tested[c.member] = true
-		want := fmt.Sprintf(c.fault, c.member)
-		expectFaults(t, `{"`+c.member+`":`+c.value+`,`+msgs+`}`, want)
-		expectFaults(t, "{"+msgs+",\n\""+c.member+"\" :\t"+c.value+" }", want)
+		want, rest := fmt.Sprintf(c.fault, c.member), msgs
+		if c.member == "audio" {
+			rest = `"modalities":["audio"],` + msgs
+		}
+		expectFaults(t, `{"`+c.member+`":`+c.value+`,`+rest+`}`, want)
+		expectFaults(t, "{"+rest+",\n\""+c.member+"\" :\t"+c.value+" }", want)
 	}
 	for _, name := range chatNames {
 		if !tested[name] {
@@ -175,12 +184,11 @@ func TestEveryMemberNamesWhatIsWrongWithIt(t *testing.T) {
 	}
 }
 
-func TestMemberThatIsNotBuiltYetIsCheckedAllTheSame(t *testing.T) {
+func TestMembersInsideOfMembersAreChecked(t *testing.T) {
 	expectFaults(t, `{"image":{"n":0,"size":5,"response_format":"gif"},"variables":{"a":1,"b":null},"models":[1],"transforms":["x"],`+msgs+`}`,
 		"greater_than_equal image.n: Input should be greater than or equal to 1",
 		"string_type image.size: "+notString,
 		"literal_error image.response_format: Input should be 'url' or 'b64_json'",
-		fmt.Sprintf(unbuiltMsg, "image"),
 		"string_type variables.a: "+notString,
 		"string_type variables.b: "+notString,
 		"string_type models[0]: "+notString,

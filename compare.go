@@ -260,6 +260,8 @@ func (c *comparison) finish(outcome Outcome) {
 		e.PromptTokens += call.x.event.PromptTokens
 		e.CachedTokens += call.x.event.CachedTokens
 		e.CompletionTokens += call.x.event.CompletionTokens
+		e.PromptAudioTokens += call.x.event.PromptAudioTokens
+		e.CompletionAudioTokens += call.x.event.CompletionAudioTokens
 		e.Cost = e.Cost.plus(call.x.event.Cost)
 	}
 }

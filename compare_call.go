@@ -27,6 +27,10 @@ func (c *comparison) newCall(model string, body []byte) *compareCall {
 	call := c.x.newCall(c.ctx, model, c.limit)
 	call.x.event.ComparisonID = c.id
 	call.prepare(body)
+	if call.refusal == nil && call.req.images != nil {
+		call.refusal = errorf(http.StatusUnprocessableEntity, "unprocessable_entity",
+			"%s makes images, and only texts can be compared.", model)
+	}
 	return call
 }
 

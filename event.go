@@ -50,6 +50,9 @@ func encodeEvent(e *Event) ([]byte, error) {
 	o.number("prompt_tokens", e.PromptTokens)
 	o.numberIfAny("cached_tokens", e.CachedTokens)
 	o.number("completion_tokens", e.CompletionTokens)
+	o.numberIfAny("prompt_audio_tokens", e.PromptAudioTokens)
+	o.numberIfAny("completion_audio_tokens", e.CompletionAudioTokens)
+	o.numberIfAny("images", e.Images)
 	o.trueIf("estimated", e.Estimated)
 	o.money("cost_usd", e.Cost)
 	if e.MaxCost != 0 {

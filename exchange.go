@@ -372,6 +372,14 @@ func (e *Event) MarshalLogObject(enc zapcore.ObjectEncoder) error {
 	enc.AddInt64("prompt_tokens", e.PromptTokens)
 	enc.AddInt64("cached_tokens", e.CachedTokens)
 	enc.AddInt64("completion_tokens", e.CompletionTokens)
+	number := func(name string, n int64) {
+		if n != 0 {
+			enc.AddInt64(name, n)
+		}
+	}
+	number("prompt_audio_tokens", e.PromptAudioTokens)
+	number("completion_audio_tokens", e.CompletionAudioTokens)
+	number("images", e.Images)
 	enc.AddBool("estimated", e.Estimated)
 	enc.AddString("cost_usd", e.Cost.String())
 	return nil

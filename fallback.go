@@ -154,10 +154,10 @@ func (p *Price) check() error {
 	if p == nil {
 		return nil
 	}
-	if p.Request < 0 {
+	if p.Request < 0 || p.Image < 0 {
 		return errors.New("an amount is negative")
 	}
-	for _, amount := range []Money{p.Input, p.Output, p.cachedInput()} {
+	for _, amount := range []Money{p.Input, p.Output, p.cachedInput(), p.audioInput(), p.audioOutput()} {
 		switch {
 		case amount < 0:
 			return errors.New("an amount is negative")

@@ -39,7 +39,7 @@ var errOutOfTime = errors.New("the request's time ran out")
 // second try.
 func (x *exchange) handOff(store Store, req *chatRequest, candidates []candidate) *served {
 	if req.stream {
-		x.gate = x.openGate()
+		x.gate = x.openGate(req)
 		defer x.gate.close()
 	}
 	s := x.askInTurn(store, req, candidates)
@@ -262,7 +262,7 @@ func (a *answer) from(ctx context.Context) (err error) {
 		GotConn:      func(info httptrace.GotConnInfo) { a.reused.Store(info.Reused) },
 		WroteHeaders: func() { a.reached.Store(true) },
 	})
-	out := a.by.upstream.outbound(ctx, a.x.r)
+	out := a.by.upstream.outbound(ctx, a.x.r, a.req.path())
 	a.trace.propagate(ctx, out.Header)
 	parts, size := a.req.segmentsFor(a.by)
 	out.ContentLength = size

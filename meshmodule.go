@@ -116,6 +116,8 @@ type Handler struct {
 	pingEvery time.Duration
 	usesUUID  bool // one of the upstreams' handlers does
 	logger    *zap.Logger
+
+	keepAliveEvery time.Duration
 }
 
 // CaddyModule returns the Caddy module information.
@@ -129,7 +131,7 @@ func (Handler) CaddyModule() caddy.ModuleInfo {
 // Provision sets up the handler. It opens nothing: see App.
 func (h *Handler) Provision(ctx caddy.Context) error {
 	h.logger = ctx.Logger()
-	h.answers, h.pingEvery = new(answerLength), pingInterval
+	h.answers, h.pingEvery, h.keepAliveEvery = new(answerLength), pingInterval, keepAliveInterval
 	if err := h.check(); err != nil {
 		return err
 	}

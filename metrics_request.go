@@ -81,7 +81,7 @@ func (s *targetSeries) observe(e *Event) {
 	s.tokens.add(e)
 	s.cost.Add(e.Cost.usd())
 	s.duration.Observe(e.Duration.Seconds())
-	if !e.Stream || e.TTFT == 0 {
+	if !e.Stream || e.TTFT == 0 || e.Images > 0 { // images come all at once, at the end
 		return
 	}
 	s.firstToken.Observe(e.TTFT.Seconds())

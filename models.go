@@ -61,7 +61,7 @@ type Target struct {
 	// How often it is the first to be asked, compared with the others, under the policy `weighted`. Default: 1.
 	Weight int64 `json:"weight,omitempty"`
 
-	// What tokens cost there. Default: the model's price.
+	// What requests cost there. Default: the model's price.
 	Price *Price `json:"price,omitempty"`
 }
 
@@ -76,13 +76,24 @@ type Price struct {
 	// Tokens of the prompt that the upstream had cached. Default: as input.
 	Cached *Money `json:"cached,omitempty"`
 
+	// Tokens of the prompt that are sound. Default: as input.
+	AudioInput *Money `json:"audio_input,omitempty"`
+
+	// Tokens of the answer that are sound. Default: as output.
+	AudioOutput *Money `json:"audio_output,omitempty"`
+
 	// Each request, whatever its tokens. Like a prompt's tokens, it is charged once an upstream has the request and
 	// may charge for it. Default: nothing.
 	Request Money `json:"request,omitempty"`
+
+	// Each image that it makes for a request of the modality `image`, beside tokens. Default: nothing.
+	Image Money `json:"image,omitempty"`
 }
 
 // free reports whether requests cost nothing at a price that is given.
-func (p *Price) free() bool { return p != nil && p.Input == 0 && p.Output == 0 && p.Request == 0 }
+func (p *Price) free() bool {
+	return p != nil && p.dearestInput() == 0 && p.dearestOutput() == 0 && p.Request == 0 && p.Image == 0
+}
 
 func (m *Model) check(upstreams map[string]bool) error {
 	if err := checkPattern(m.Name); err != nil {
@@ -334,6 +345,9 @@ func (x *exchange) routeTo(req *chatRequest, name string) ([]candidate, *apiErro
 		x.event.Model = name
 	}
 	if refusal != nil {
+		return nil, refusal
+	}
+	if refusal := req.asImages(entry.kind(name)); refusal != nil {
 		return nil, refusal
 	}
 	list := entry.candidates(name)

@@ -95,6 +95,9 @@ func (c *tokenCost) add(tokens int64, perMillion Money) {
 	}
 }
 
+// addEach adds n times a price of one.
+func (c *tokenCost) addEach(n int64, price Money) { c.add(n*1_000_000, price) }
+
 // round returns the sum to the nearest nano-dollar, halves up.
 func (c tokenCost) round() Money {
 	const million = 1_000_000

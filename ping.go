@@ -10,13 +10,20 @@ import (
 // the way, and clients, give up after 30 to 60 s of silence.
 var pingInterval = 15 * time.Second
 
-var pingFrame = []byte(": ping\n\n")
+// keepAliveInterval is that for a client that waits for images, of which nothing comes before all are made.
+var keepAliveInterval = 10 * time.Second
+
+var (
+	pingFrame      = []byte(": ping\n\n")
+	keepAliveFrame = []byte(": keep-alive\n\n")
+)
 
 // gate keeps a stream's client company until an answer begins, or the request has failed. Other candidates can still be
 // asked after that; but the status is 200 then, and an error comes as a frame.
 type gate struct {
 	x     *exchange
 	every time.Duration
+	frame []byte
 
 	mu    sync.Mutex // of what pings read and write: the client's side, and the event that its header may be made of
 	timer *time.Timer
@@ -24,11 +31,14 @@ type gate struct {
 	over  bool // no more pings
 }
 
-func (x *exchange) openGate() *gate {
+func (x *exchange) openGate(req *chatRequest) *gate {
 	if x.h.pingEvery == 0 || x.silent {
 		return nil
 	}
-	g := &gate{x: x, every: x.h.pingEvery}
+	g := &gate{x: x, every: x.h.pingEvery, frame: pingFrame}
+	if req.images != nil {
+		g.every, g.frame = x.h.keepAliveEvery, keepAliveFrame
+	}
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	g.timer = time.AfterFunc(g.every, g.ping)
@@ -60,7 +70,7 @@ func (g *gate) ping() {
 		streamHeader(header)
 		g.x.w.WriteHeader(http.StatusOK)
 	}
-	_, err := g.x.w.Write(pingFrame)
+	_, err := g.x.w.Write(g.frame)
 	if err == nil {
 		err = http.NewResponseController(g.x.w).Flush()
 	}

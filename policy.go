@@ -38,10 +38,7 @@ func (x *exchange) order(policy string, req *chatRequest, list []candidate) {
 		slices.SortStableFunc(list, func(a, b candidate) int { return cmp.Compare(a.latency().known(now), b.latency().known(now)) })
 		list[0].latency().look(now)
 	case policyCheapest:
-		cost := func(c candidate) Money {
-			prompt := req.prompt.quickEstimate()
-			return c.price.cost(usage{prompt: prompt, completion: req.expectedAnswer(c, prompt, x.h.answers.tokens())})
-		}
+		cost := func(c candidate) Money { return c.price.cost(req.expected(c, x.h.answers.tokens())) }
 		slices.SortStableFunc(list, func(a, b candidate) int { return cmp.Compare(cost(a), cost(b)) })
 	}
 }

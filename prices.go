@@ -22,7 +22,7 @@ type priceBook struct {
 
 // listedModel is a model of a price book.
 type listedModel struct {
-	price   *Price // nil where it has no price per token or request
+	price   *Price // nil where it has no price per token, request or image
 	context int64
 	about   About
 }
@@ -32,7 +32,7 @@ const (
 	maxPriceFile = 10 << 20
 
 	// A price beyond these is in another unit, most likely a million times too high or too low. The dearest models cost
-	// some hundreds of USD per million tokens, the cheapest some thousandths. Per million tokens, and per request:
+	// some hundreds of USD per million tokens, the cheapest some thousandths. Per million tokens, and per request or image:
 	maxListedPrice   = 10_000 * usd
 	minListedPrice   = usd / 10_000
 	maxListedRequest = 1_000 * usd
@@ -132,6 +132,10 @@ type listing struct {
 	Input         *json.Number `json:"input_cost_per_token"`
 	Output        *json.Number `json:"output_cost_per_token"`
 	Cached        *json.Number `json:"cache_read_input_token_cost"`
+	InputAudio    *json.Number `json:"input_cost_per_audio_token"`
+	OutputAudio   *json.Number `json:"output_cost_per_audio_token"`
+	OutputPixels  *json.Number `json:"output_cost_per_image_token"`
+	Image         *json.Number `json:"output_cost_per_image"`
 	Request       *json.Number `json:"input_cost_per_request"`
 	MaxInput      *json.Number `json:"max_input_tokens"`
 	MaxOutput     *json.Number `json:"max_output_tokens"`
@@ -154,31 +158,54 @@ func (l *listing) model() (m *listedModel, err error) {
 	if m.context, err = l.context(); err != nil {
 		return nil, err
 	}
-	if l.Input == nil && l.Output == nil && l.Request == nil {
+	if m.about.Type == kindImage && l.OutputPixels != nil { // all that it makes are images
+		l.Output = l.OutputPixels
+	}
+	if l.Input == nil && l.Output == nil && l.InputAudio == nil && l.OutputAudio == nil && l.Request == nil && l.Image == nil {
 		return m, nil
 	}
-	m.price = new(Price)
-	if m.price.Input, err = listedPrice(l.Input); err != nil {
+	m.price, err = l.price()
+	return m, err
+}
+
+func (l *listing) price() (p *Price, err error) {
+	p = new(Price)
+	if p.Input, err = listedPrice(l.Input); err != nil {
 		return nil, err
 	}
-	if m.price.Output, err = listedPrice(l.Output); err != nil {
+	if p.Output, err = listedPrice(l.Output); err != nil {
 		return nil, err
 	}
-	if l.Cached != nil {
-		cached, err := listedPrice(l.Cached)
+	for _, special := range []struct {
+		listed *json.Number
+		to     **Money
+	}{{l.Cached, &p.Cached}, {l.InputAudio, &p.AudioInput}, {l.OutputAudio, &p.AudioOutput}} {
+		if special.listed == nil {
+			continue
+		}
+		amount, err := listedPrice(special.listed)
 		if err != nil {
 			return nil, err
 		}
-		m.price.Cached = &cached
+		*special.to = &amount
 	}
-	if l.Request != nil {
-		amount, ok := scaled(l.Request.String(), 9)
-		if !ok || amount > maxListedRequest {
-			return nil, errAbsurd
-		}
-		m.price.Request = amount
+	if p.Image, err = listedAmount(l.Image); err != nil {
+		return nil, err
 	}
-	return m, nil
+	p.Request, err = listedAmount(l.Request)
+	return p, err
+}
+
+// listedAmount reads a price that is not one of tokens.
+func listedAmount(n *json.Number) (Money, error) {
+	if n == nil {
+		return 0, nil
+	}
+	amount, ok := scaled(n.String(), 9)
+	if !ok || amount > maxListedRequest {
+		return 0, errAbsurd
+	}
+	return amount, nil
 }
 
 // listedPrice reads a price per token as one per million tokens.

@@ -15,7 +15,7 @@ func (x *exchange) admit(store Store, req *chatRequest, candidates []candidate) 
 	}
 	maxCost, bounded := req.maxCost(candidates)
 	if limits.Hard && !bounded {
-		return errUnbounded
+		return req.unbounded()
 	}
 	verdict, err := x.askStore(store, Admission{
 		KeyID:     x.key.id,
@@ -61,6 +61,13 @@ func (x *exchange) askStore(store Store, a Admission) (Verdict, error) {
 var errUnbounded = errorf(http.StatusPaymentRequired, "spend_limit_exceeded",
 	"This API key has a hard spend cap, and nothing bounds what this request can cost. Set max_tokens.")
 
+func (r *chatRequest) unbounded() *apiError {
+	if r.images != nil {
+		return errUnboundedImages
+	}
+	return errUnbounded
+}
+
 // maxCost returns the most that the request can cost at any of the candidates, and whether there is such a bound. No
 // tokenizer makes more tokens of a text than it has bytes, and all text there is stands in the body. What an image, a
 // sound or a file costs is known only to the upstream, so that a prompt with one is bounded by the model's context alone.
@@ -72,23 +79,31 @@ func (r *chatRequest) maxCost(candidates []candidate) (most Money, bounded bool)
 		if c.price == nil {
 			continue
 		}
+		if r.images != nil {
+			cost, bounded := r.images.maxCost(&c)
+			if !bounded {
+				return 0, false
+			}
+			most = max(most, cost)
+			continue
+		}
 		prompt := int64(len(r.body)+r.added) + int64(r.prompt.messages)*maxTokensPerMessage + tokensPerAnswer
 		if c.context > 0 && (r.prompt.media || prompt > c.context) {
 			prompt = c.context
-		} else if r.prompt.media && c.price.Input > 0 {
+		} else if r.prompt.media && c.price.dearestInput() > 0 {
 			return 0, false
 		}
 		answer := r.maxTokens
 		if c.context > 0 && (answer == 0 || answer > c.context) {
 			answer = c.context
 		}
-		if answer == 0 && c.price.Output > 0 {
+		if answer == 0 && c.price.dearestOutput() > 0 {
 			return 0, false
 		}
 		var cost tokenCost
-		cost.add(prompt, max(c.price.Input, c.price.cachedInput()))
+		cost.add(prompt, c.price.dearestInput())
 		for range max(r.choices, 1) {
-			cost.add(answer, c.price.Output)
+			cost.add(answer, c.price.dearestOutput())
 		}
 		most = max(most, cost.round().plus(c.price.Request))
 	}
@@ -111,17 +126,26 @@ const (
 // too much, and is there for who has to correct an entry.
 func (x *exchange) pending(req *chatRequest, candidates []candidate, maxCost Money) Event {
 	e, first := x.event, candidates[0]
-	e.PromptTokens = req.prompt.quickEstimate()
-	if req.wantsMiddleOut(&first) {
-		e.PromptTokens = min(e.PromptTokens, first.context)
-	}
-	e.CompletionTokens = req.expectedAnswer(first, e.PromptTokens, x.h.answers.tokens())
-	e.Cost = first.price.cost(usage{prompt: e.PromptTokens, completion: e.CompletionTokens})
+	expected := req.expected(first, x.h.answers.tokens())
+	e.use(expected)
+	e.Cost = first.price.cost(expected)
 	if e.MaxCost = maxCost; maxCost > 0 {
 		e.Cost = min(e.Cost, maxCost)
 	}
 	e.Outcome, e.Estimated = OutcomeLost, true
 	return e
+}
+
+// expected returns about what the request will use at a candidate, where answers have an average number of tokens.
+func (r *chatRequest) expected(c candidate, average int64) usage {
+	if r.images != nil {
+		return usage{images: r.images.count}
+	}
+	prompt := r.prompt.quickEstimate()
+	if r.wantsMiddleOut(&c) {
+		prompt = min(prompt, c.context)
+	}
+	return usage{prompt: prompt, completion: r.expectedAnswer(c, prompt, average)}
 }
 
 // expectedAnswer returns about how many tokens the answer will have: the average, within what the request and the

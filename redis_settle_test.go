@@ -69,6 +69,7 @@ func TestEventComesBackWholeFromRedisAndItsUsageIsSummed(t *testing.T) {
 		Time: at(t, "2026-11-24T10:00:00.123456789Z"), Duration: 5, TTFT: 3,
 		Model: "openai/gpt-4o", Upstream: "openai", Stream: true, Attempts: 2, Status: 200, Outcome: OutcomeCut,
 		PromptTokens: 9, CachedTokens: 4, CompletionTokens: 2, Estimated: true, Cost: 123_000_000_001,
+		PromptAudioTokens: 3, CompletionAudioTokens: 1, Images: 2,
 	}
 	for range 3 {
 		want.RequestID = newRequestID()

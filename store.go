@@ -150,9 +150,14 @@ type Event struct {
 	PromptTokens     int64 `json:"prompt_tokens"`
 	CachedTokens     int64 `json:"cached_tokens,omitempty"` // part of PromptTokens
 	CompletionTokens int64 `json:"completion_tokens"`
-	Estimated        bool  `json:"estimated,omitempty"` // the tokens are an estimate, because the upstream did not say
-	Cost             Money `json:"cost_usd"`
-	MaxCost          Money `json:"max_cost_usd,omitempty"` // of a lost request: the most it can have cost; 0 where nothing bounds that
+
+	PromptAudioTokens     int64 `json:"prompt_audio_tokens,omitempty"`     // part of PromptTokens
+	CompletionAudioTokens int64 `json:"completion_audio_tokens,omitempty"` // part of CompletionTokens
+	Images                int64 `json:"images,omitempty"`                  // that were made for a request for images
+
+	Estimated bool  `json:"estimated,omitempty"` // the tokens are an estimate, because the upstream did not say
+	Cost      Money `json:"cost_usd"`
+	MaxCost   Money `json:"max_cost_usd,omitempty"` // of a lost request: the most it can have cost; 0 where nothing bounds that
 }
 
 // Outcome is how an admitted request ended.

@@ -164,6 +164,7 @@ func (s *stream) read(event []byte) verdict {
 	if !said.hasUsage {
 		return passed
 	}
+	said.usage.images = s.a.images
 	result.usage, result.known = said.usage, true
 	if said.choices == 0 && !s.a.req.includeUsage {
 		return verdict{}

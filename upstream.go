@@ -24,7 +24,7 @@ type Upstream struct {
 	// What the files of prices call the provider, in the names of models that begin with it. Default: the upstream's name.
 	Provider string `json:"provider,omitempty"`
 
-	// What stands before `/chat/completions` in its URLs, such as `/v1`; a query, where it needs one, goes with
+	// What stands before `/chat/completions` and `/images/generations` in its URLs, such as `/v1`; a query, where it needs one, goes with
 	// every request.
 	BasePath string `json:"base_path,omitempty"`
 
@@ -178,8 +178,8 @@ var passedOn = []string{"Accept", "Content-Type", "User-Agent", "Traceparent", "
 // notAdded are the headers that reverse_proxy adds unless they are there and nil.
 var notAdded = []string{"X-Forwarded-For", "X-Forwarded-Host", "X-Forwarded-Proto"}
 
-// outbound returns r as the upstream gets it, under a context of its own and without a body.
-func (u *Upstream) outbound(ctx context.Context, r *http.Request) *http.Request {
+// outbound returns r as the upstream gets it at a path, under a context of its own and without a body.
+func (u *Upstream) outbound(ctx context.Context, r *http.Request, path string) *http.Request {
 	header := make(http.Header, 8) // as many as there mostly are; a map of more takes twice the room
 	for _, name := range passedOn {
 		if values := r.Header[name]; len(values) > 0 {
@@ -195,7 +195,7 @@ func (u *Upstream) outbound(ctx context.Context, r *http.Request) *http.Request 
 	out.Header = header
 	out.Trailer = nil
 	out.TransferEncoding = nil
-	out.URL = &url.URL{Path: u.path + "/chat/completions", RawQuery: u.query}
+	out.URL = &url.URL{Path: u.path + path, RawQuery: u.query}
 	out.RequestURI = out.URL.RequestURI()
 	out.Host = u.host // if empty, net/http takes that of the address reverse_proxy has chosen
 	return out

@@ -10,6 +10,11 @@ type usage struct {
 	prompt     int64
 	cached     int64 // part of prompt
 	completion int64
+
+	promptAudio     int64 // part of prompt
+	completionAudio int64 // part of completion
+
+	images int64 // that were made for a request for images
 }
 
 // cost is what a request costs that used u; nothing where there is no price.
@@ -18,10 +23,15 @@ func (p *Price) cost(u usage) Money {
 		return 0
 	}
 	cached := min(u.cached, u.prompt)
+	heard := min(u.promptAudio, u.prompt-cached) // sound that was cached has the price of what is cached
+	spoken := min(u.completionAudio, u.completion)
 	var c tokenCost
-	c.add(u.prompt-cached, p.Input)
+	c.add(u.prompt-cached-heard, p.Input)
 	c.add(cached, p.cachedInput())
-	c.add(u.completion, p.Output)
+	c.add(heard, p.audioInput())
+	c.add(u.completion-spoken, p.Output)
+	c.add(spoken, p.audioOutput())
+	c.addEach(u.images, p.Image)
 	return c.round().plus(p.Request)
 }
 
@@ -30,6 +40,13 @@ func (p *Price) cachedInput() Money {
 		return *p.Cached
 	}
 	return p.Input
+}
+
+// use notes what the request used.
+func (e *Event) use(u usage) {
+	e.PromptTokens, e.CachedTokens, e.CompletionTokens = u.prompt, u.cached, u.completion
+	e.PromptAudioTokens, e.CompletionAudioTokens = u.promptAudio, u.completionAudio
+	e.Images = u.images
 }
 
 // settle closes the request's account: what it used, what that costs, and the ledger's entry. By now the client has
@@ -42,17 +59,13 @@ func (x *exchange) settle(store Store, req *chatRequest, s *served) {
 		e.Status, e.Error = s.refusal.status, s.refusal.code
 	}
 	u := s.usage
-	if s.known {
+	if s.known && req.images == nil {
 		x.h.answers.note(u.completion)
 	}
 	if !s.known && s.prompt {
-		u = usage{prompt: req.prompt.estimate(req.body), completion: s.text.estimate()}
-		e.Estimated = true
-		if s.by != nil && req.wantsMiddleOut(s.by) { // more than that was not sent
-			u.prompt = min(u.prompt, s.by.context)
-		}
+		u, e.Estimated = req.estimate(s), true
 	}
-	e.PromptTokens, e.CachedTokens, e.CompletionTokens = u.prompt, u.cached, u.completion
+	e.use(u)
 	if s.by != nil {
 		e.Model, e.Upstream = s.by.model, s.by.upstream.Name
 		if s.known || s.prompt { // else it has not reached an upstream that may charge for it
@@ -65,6 +78,19 @@ func (x *exchange) settle(store Store, req *chatRequest, s *served) {
 	e.Time = time.Now().UTC()
 	e.Duration = e.Time.Sub(x.started)
 	store.Settle(*e)
+}
+
+// estimate returns about what was used for an answer whose upstream does not say. What images would have cost that nobody
+// has received is not known.
+func (r *chatRequest) estimate(s *served) usage {
+	if r.images != nil {
+		return usage{}
+	}
+	u := usage{prompt: r.prompt.estimate(r.body), completion: s.text.estimate()}
+	if s.by != nil && r.wantsMiddleOut(s.by) { // more than that was not sent
+		u.prompt = min(u.prompt, s.by.context)
+	}
+	return u
 }
 
 // said is what one JSON text of an answer, a whole body or the data of one event, says about itself.
@@ -166,7 +192,7 @@ func (c *cursor) choice(t *textSample) (finished bool) {
 	return finished
 }
 
-// message reads what a model says: its text, its reasoning, and the tools it calls.
+// message reads what a model says: its text, aloud or not, its reasoning, and the tools it calls.
 func (c *cursor) message(t *textSample) {
 	if t == nil {
 		c.skip()
@@ -180,6 +206,8 @@ func (c *cursor) message(t *textSample) {
 			c.eachOf(func() { c.toolCall(t) })
 		case "function_call":
 			c.functionCall(t)
+		case "audio":
+			c.transcript(t)
 		default:
 			c.skip()
 		}
@@ -232,18 +260,29 @@ func (c *cursor) usage() (u usage, ok bool) {
 		case "completion_tokens":
 			u.completion, hasCompletion = c.count()
 		case "prompt_tokens_details":
-			c.eachMember(func(name []byte) {
-				if string(name) == "cached_tokens" {
-					u.cached, _ = c.count()
-					return
-				}
-				c.skip()
-			})
+			u.cached, u.promptAudio = c.tokenDetails()
+		case "completion_tokens_details":
+			_, u.completionAudio = c.tokenDetails()
 		default:
 			c.skip()
 		}
 	})
 	return u, hasPrompt && hasCompletion
+}
+
+// tokenDetails reads of which kinds the tokens were.
+func (c *cursor) tokenDetails() (cached, audio int64) {
+	c.eachMember(func(name []byte) {
+		switch string(name) {
+		case "cached_tokens":
+			cached, _ = c.count()
+		case "audio_tokens":
+			audio, _ = c.count()
+		default:
+			c.skip()
+		}
+	})
+	return cached, audio
 }
 
 // count reads a number of tokens.

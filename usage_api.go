@@ -292,6 +292,9 @@ type publicEvent struct {
 	CachedTokens     int64     `json:"cached_tokens"`
 	CompletionTokens int64     `json:"completion_tokens"`
 	TotalTokens      int64     `json:"total_tokens"`
+	PromptAudio      int64     `json:"prompt_audio_tokens,omitempty"`
+	CompletionAudio  int64     `json:"completion_audio_tokens,omitempty"`
+	Images           int64     `json:"images,omitempty"`
 	Estimated        bool      `json:"estimated"`
 	Cost             Money     `json:"cost_usd"`
 	LatencyMS        int64     `json:"latency_ms"`
@@ -317,7 +320,8 @@ func (x *exchange) public(e *Event) publicEvent {
 		RequestID: e.RequestID, ComparisonID: e.ComparisonID, ParentID: e.ParentID, SessionID: e.SessionID, CreatedAt: e.began(), Model: e.Model, Stream: e.Stream,
 		Status: e.status(), StatusCode: e.Status, Outcome: e.Outcome, ErrorCode: e.Error, Attempts: e.Attempts,
 		PromptTokens: e.PromptTokens, CachedTokens: e.CachedTokens, CompletionTokens: e.CompletionTokens,
-		TotalTokens: e.PromptTokens + e.CompletionTokens, Estimated: e.Estimated, Cost: e.Cost, LatencyMS: e.Duration.Milliseconds(),
+		TotalTokens: e.PromptTokens + e.CompletionTokens, PromptAudio: e.PromptAudioTokens, CompletionAudio: e.CompletionAudioTokens,
+		Images: e.Images, Estimated: e.Estimated, Cost: e.Cost, LatencyMS: e.Duration.Milliseconds(),
 	}
 	if e.TTFT > 0 {
 		ms := e.TTFT.Milliseconds()

@@ -22,6 +22,7 @@ type parser struct {
 
 	noMessages      bool // the list of messages is there, and empty
 	noStreamOptions bool // these are not sent upstream
+	wantsAudio      bool // the member audio is there
 
 	options struct { // stream_options
 		value   span // nothing where it was not given

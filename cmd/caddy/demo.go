@@ -35,7 +35,8 @@ const (
 // speaks OpenAI's Chat Completions API, streams and tools and structured output included. What it says depends on
 // the request alone.
 //
-// It answers POST requests to every path that ends in `/chat/completions`. Others go to the next handler.
+// It answers POST requests to every path that ends in `/chat/completions`, and in `/images/generations`, where what it
+// paints is of a single colour. Others go to the next handler.
 //
 // A token is a word: of the messages for `prompt_tokens`, of the answer for `completion_tokens` and the limits. It
 // calls a tool when the user's message names one, or when `tool_choice` wants it to.
@@ -95,7 +96,8 @@ func (m *DemoModel) UnmarshalCaddyfile(d *caddyfile.Dispenser) error {
 }
 
 func (m *DemoModel) ServeHTTP(w http.ResponseWriter, r *http.Request, next caddyhttp.Handler) error {
-	if r.Method != http.MethodPost || !strings.HasSuffix(r.URL.Path, "/chat/completions") {
+	images := strings.HasSuffix(r.URL.Path, "/images/generations")
+	if r.Method != http.MethodPost || !images && !strings.HasSuffix(r.URL.Path, "/chat/completions") {
 		return next.ServeHTTP(w, r)
 	}
 	body, err := io.ReadAll(http.MaxBytesReader(w, r.Body, maxDemoBody))
@@ -104,6 +106,9 @@ func (m *DemoModel) ServeHTTP(w http.ResponseWriter, r *http.Request, next caddy
 	}
 	if err != nil {
 		return caddyhttp.Error(http.StatusBadRequest, err)
+	}
+	if images {
+		return answerImages(w, body)
 	}
 	req, err := readDemoRequest(body)
 	if err != nil {
