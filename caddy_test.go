@@ -98,6 +98,8 @@ func awaitOneListener(t testing.TB, url string) {
 		if err != nil {
 			return true
 		}
+		both, _ := os.ReadFile("/proc/net/tcp6") // has those that listen on all addresses, of either kind
+		sockets = append(sockets, both...)
 		count := 0
 		for line := range strings.Lines(string(sockets)) {
 			fields := strings.Fields(line)
