@@ -273,20 +273,17 @@ func (x *exchange) refuse(e *apiError) error {
 	if c := x.h.logger.Check(zapcore.DebugLevel, "request refused"); c != nil {
 		c.Write(zap.String("request_id", x.event.RequestID), zap.Int("status", e.status), zap.Error(e))
 	}
-	if !x.taken && x.bodyMayBlock() {
+	unread := x.bodyIsUnread()
+	if unread {
 		x.w.Header().Set("Connection", "close")
+		http.NewResponseController(x.w).EnableFullDuplex() //nolint:errcheck // else what it has sent is lost, at worst
 	}
 	if err := e.write(x.w, x.event.RequestID); err != nil {
 		x.h.logger.Debug("client did not take the error", zap.Error(err))
+	} else if unread {
+		x.linger()
 	}
 	return nil
-}
-
-// bodyMayBlock reports whether net/http would hold the answer back to take in a body that may be slow to come, so
-// that the connection can be used again. Closing it is better.
-func (x *exchange) bodyMayBlock() bool {
-	const short = 64 << 10 // is most likely here already
-	return x.r.ProtoMajor == 1 && (x.r.ContentLength < 0 || x.r.ContentLength > short || x.r.Header.Get("Expect") != "")
 }
 
 // outcomeRefused is the outcome of a request that was not let through. The ledger never has it.
