@@ -129,6 +129,9 @@ func putTemplate(w http.ResponseWriter, r *http.Request, store TemplateStore) er
 	}
 	draft, refusal := parseTemplate(body)
 	if refusal == nil {
+		refusal = unknownTemplateMembers(body)
+	}
+	if refusal == nil {
 		refusal = draft.missingName()
 	}
 	if refusal != nil {

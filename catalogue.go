@@ -115,7 +115,7 @@ func (m *modelEntry) entry(name string) catalogueEntry {
 		e.describe(&l.about)
 	}
 	e.describe(&m.About)
-	e.SupportsCompletions = slices.Contains(e.OutputModalities, "text")
+	e.SupportsCompletions = slices.Contains(e.OutputModalities, "text") || slices.Contains(e.OutputModalities, "image")
 	return e
 }
 

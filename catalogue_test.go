@@ -132,7 +132,7 @@ func TestCatalogueSaysWhatAModelIs(t *testing.T) {
 		"acme/eyes": `"model_type":"text","input_modalities":["text","image"],"output_modalities":["text"],"supports_tools":true,` +
 			`"supports_structured_output":true,"supports_thinking":true,"supports_completions_api":true,"supports_responses_api":false}`,
 		"bolt/painter": `"completion_usd_per_1k":"0","request_usd":"0.04"},"model_type":"image","input_modalities":["text"],"output_modalities":["image"],` +
-			`"supports_tools":false,"supports_structured_output":false,"supports_thinking":false,"supports_completions_api":false,"supports_responses_api":false}`,
+			`"supports_tools":false,"supports_structured_output":false,"supports_thinking":false,"supports_completions_api":true,"supports_responses_api":false}`,
 	} {
 		if r := g.do(http.MethodGet, "/v1/models/"+id, ""); !strings.Contains(string(r.body), want) {
 			t.Errorf("%s: %s\nwant %s", id, r.body, want)

@@ -26,6 +26,7 @@ type chatRequest struct {
 	timeout      time.Duration // 0: the handler's
 	maxTokens    int64         // of one choice of the answer; 0 if the client set no bound
 	choices      int64         // how many answers it wants; 0 if it did not say
+	vague        bool          // an upstream may read something else out of what it says of the two
 	options      bool          // it has stream_options
 	transforms   *bool         // whether middle-out is wanted; nil if it did not say
 	messages     span
@@ -131,6 +132,7 @@ func (p *parser) object() {
 		switch bit := bitOf(i); {
 		case !exact:
 			folded |= bit
+			p.req.vague = p.req.vague || bit&boundingMembers != 0
 			p.skip()
 		case seen&bit != 0:
 			p.twice(chatNames[i])

@@ -58,6 +58,14 @@ const (
 	memberStreamOptions
 )
 
+// boundingMembers are those that say how much there can be to pay for.
+var boundingMembers = func() (bits uint64) {
+	for _, name := range []string{"max_tokens", "max_completion_tokens", "n"} {
+		bits |= bitOf(slices.Index(chatNames, name))
+	}
+	return bits
+}()
+
 var chatNames = func() (names []string) {
 	for _, m := range chatMembers {
 		names = append(names, m.name)
@@ -323,6 +331,7 @@ func tokenCount(v float64) int64 { return int64(min(max(v, 0), 1<<53)) }
 // whole reads a number that the upstream alone checks. It is 0 where it is none.
 func (p *parser) whole() (v float64) {
 	if b := p.peek(); b != '-' && !isDigit(b) {
+		p.req.vague = p.req.vague || b != 'n'
 		p.skip()
 		return 0
 	}

@@ -24,6 +24,8 @@ type failure struct {
 	skipped   bool      // it was not asked
 
 	credentials bool // it is the gateway's own that were refused
+
+	requestID string // the upstream's, if it said one
 }
 
 var errCut = &apiError{

@@ -62,6 +62,7 @@ func BenchmarkStreamOf100Frames(b *testing.B) {
 func BenchmarkStreamEvent(b *testing.B) {
 	x := &exchange{w: &recorder{header: make(http.Header)}, r: new(http.Request), h: new(Handler)}
 	a := newAnswer(x, &chatRequest{stream: true}, &candidate{})
+	a.last = true
 	a.header.Set("Content-Type", "text/event-stream")
 	a.WriteHeader(http.StatusOK)
 	a.x.w = nowhere{}

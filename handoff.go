@@ -72,6 +72,7 @@ func (x *exchange) askInTurn(store Store, req *chatRequest, candidates []candida
 				return s
 			}
 			f := a.failure()
+			f.requestID = requestIDOf(a.header)
 			a.failed(f)
 			x.logFailure(a.by, f)
 			x.note(a.by, f)
@@ -83,7 +84,13 @@ func (x *exchange) askInTurn(store Store, req *chatRequest, candidates []candida
 		x.countAs(&candidates[0])
 	}
 	x.tellAttempts()
-	return &served{outcome: OutcomeError, refusal: tell(failures)}
+	refusal := tell(failures)
+	for _, f := range failures {
+		if f.tell == refusal && f.requestID != "" {
+			x.w.Header().Set(upstreamRequestID, f.requestID)
+		}
+	}
+	return &served{outcome: OutcomeError, refusal: refusal}
 }
 
 // countAs has metrics count a request that nobody was asked as one of a candidate.

@@ -170,6 +170,7 @@ func TestUpstreamErrorsAreMapped(t *testing.T) {
 				if tc.header != "" {
 					w.Header().Set("Retry-After", tc.header)
 				}
+				w.Header().Set("X-Request-Id", "theirs")
 				answers(tc.status, tc.contentType, tc.body)(w, r)
 			})
 			g := startGateway(t, up.address(), site(""))
@@ -178,6 +179,9 @@ func TestUpstreamErrorsAreMapped(t *testing.T) {
 					continue
 				}
 				r := g.post(body)
+				if got := r.Header.Get("X-Upstream-Request-Id"); got != "theirs" && r.Header.Get("X-Mesh-Routing-Attempts") == "1" {
+					t.Errorf("the upstream's id of the request is %q", got)
+				}
 				var envelope struct {
 					Error     json.RawMessage
 					RequestID string `json:"request_id"`

@@ -1,6 +1,7 @@
 package mesh
 
 import (
+	"cmp"
 	"mime"
 	"net/http"
 )
@@ -24,10 +25,14 @@ func passHeader(to, from http.Header) {
 			to[name] = values
 		}
 	}
-	for _, name := range []string{"X-Request-Id", "Request-Id"} {
-		if id := from.Get(name); id != "" {
-			to.Set("X-Upstream-Request-Id", id)
-			return
-		}
+	if id := requestIDOf(from); id != "" {
+		to.Set(upstreamRequestID, id)
 	}
+}
+
+const upstreamRequestID = "X-Upstream-Request-Id"
+
+// requestIDOf returns what the upstream calls the request.
+func requestIDOf(header http.Header) string {
+	return cmp.Or(header.Get("X-Request-Id"), header.Get("Request-Id"))
 }

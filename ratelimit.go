@@ -72,7 +72,7 @@ func (r *chatRequest) unbounded() *apiError {
 // tokenizer makes more tokens of a text than it has bytes, and all text there is stands in the body. What an image, a
 // sound or a file costs is known only to the upstream, so that a prompt with one is bounded by the model's context alone.
 func (r *chatRequest) maxCost(candidates []candidate) (most Money, bounded bool) {
-	if r.choices > maxChoices {
+	if r.choices > maxChoices || r.vague {
 		return 0, false
 	}
 	for _, c := range candidates {

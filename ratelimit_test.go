@@ -291,7 +291,12 @@ func TestHardCapRefusesWhatNothingBounds(t *testing.T) {
 	up := startUpstream(t, answers(200, "application/json", completion))
 	g := startGateway(t, up.address(), site("\tmodel test/priced up {\n\t\tprice 1 10\n\t}\n"+
 		"\tkey "+otherKey+" {\n\t\tspend_cap_usd 0.01 hard\n\t}"))
-	for bound, want := range map[string]int{"": 402, `"max_tokens":100000000,`: 402, `"max_tokens":1,`: 200} {
+	for bound, want := range map[string]int{
+		"": 402, `"max_tokens":100000000,`: 402, `"max_tokens":1,`: 200, `"max_tokens":1,"max_completion_tokens":null,"n":1,`: 200,
+		// what one upstream reads as the client meant it, and another does not
+		`"max_tokens":1,"max_completion_tokens":"1000000",`: 402, `"max_tokens":1,"n":"9",`: 402,
+		`"max_tokens":1,"MAX_COMPLETION_TOKENS":100000,`: 402, `"max_tokens":1,"N":100,`: 402,
+	} {
 		body := "{" + bound + `"model":"test/priced","messages":[{"role":"user","content":"Hi"}]}`
 		r := g.post(body, "Authorization", "Bearer "+otherKey)
 		if r.StatusCode != want || want == 402 && r.errorCode(t) != "spend_limit_exceeded" {

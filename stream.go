@@ -130,6 +130,9 @@ var passed = verdict{pass: true}
 // read looks at one whole event.
 func (s *stream) read(event []byte) verdict {
 	payload, at := eventData(event)
+	if s.done {
+		return s.readOn(payload)
+	}
 	if len(payload) == 0 {
 		return passed // a comment, such as a ping
 	}
@@ -184,6 +187,14 @@ func (s *stream) read(event []byte) verdict {
 		at = len("data: ")
 	}
 	return verdict{before: event[:at+from], insert: insert, after: event[at+until:]}
+}
+
+// readOn looks at what follows [DONE], after which no client reads on: usage is worth to be known all the same.
+func (s *stream) readOn(payload []byte) verdict {
+	if said := readAnswer(payload, nil); said.readable && said.hasUsage {
+		s.a.result.usage, s.a.result.known = said.usage, true
+	}
+	return verdict{}
 }
 
 // end closes the stream towards the client, and says how it went.

@@ -327,6 +327,17 @@ func TestStreamIsCompleteAtDoneThoughTheClientLeavesThen(t *testing.T) {
 	}
 }
 
+func TestNothingFollowsTheEndOfAStream(t *testing.T) {
+	up := startUpstream(t, answers(200, "text/event-stream", wordFrame+finishFrame+doneFrame+": bye\n\n"+wordFrame+usageFrame+doneFrame))
+	g := startGateway(t, up.address(), site(""))
+	if r := g.post(streamBody); string(r.body) != wordFrame+finishFrame+doneFrame {
+		t.Errorf("%s", r.body)
+	}
+	if e := g.ledger(1)[0]; e.PromptTokens != 1000 || e.Estimated || e.Outcome != OutcomeCompleted {
+		t.Errorf("%+v", e)
+	}
+}
+
 func TestEventTooLongToBeReadPasses(t *testing.T) {
 	long := `data: {"choices":[{"delta":{"content":"` + strings.Repeat("x", maxEvent+100_000) + `"}}]}` + "\n\n"
 	for _, ends := range []string{"\n", "\r\n"} {

@@ -100,12 +100,20 @@ func TestTemplateFilesAreReadAtEveryLoad(t *testing.T) {
 	if got := string(up.last(t).body); !strings.Contains(got, `"Second 2."`) {
 		t.Errorf("%s", got)
 	}
-	for _, text := range []string{`{"name":"a","system":7}`, `{"name":"shared"}`, `{`, `{"system":"x"}`, `{"name":"a","model":"nobody/x"}`} {
+	for text, why := range map[string]string{
+		`{"name":"a","system":7}`: "system", `{"name":"shared"}`: "already", `{`: "it is not valid JSON", `{"system":"x"}`: "name",
+		`{"name":"a","model":"nobody/x"}`: "nobody/x", `{"name":"b","sytem":"x","id":"1"}`: "sytem: Extra inputs are not permitted",
+	} {
 		file := p.write1("prompts/b.json", text)
 		p.write(site("3"))
-		if got, code := p.run("reload", "--config", "Caddyfile", "--address", "unix/"+p.path("admin")); code == 0 || !strings.Contains(got, file) {
+		got, code := p.run("reload", "--config", "Caddyfile", "--address", "unix/"+p.path("admin"))
+		if code == 0 || !strings.Contains(got, file) || !strings.Contains(got, why) {
 			t.Errorf("%s: %d %s", text, code, got)
 		}
+	}
+	slip := p.write1("slip.json", `{"name":"c","sytem":"x"}`)
+	if got, code := p.run("mesh", "template", "apply", slip, "--address", "unix/"+p.path("admin")); code == 0 || !strings.Contains(got, "sytem") {
+		t.Errorf("%d %s", code, got)
 	}
 	g.use(`"template":"a","variables":{"x":"still"}`)
 }

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"strings"
 	"time"
 
 	"go.uber.org/zap"
@@ -79,8 +80,11 @@ func readTemplateFile(file string, models modelTable) (*Template, error) {
 		return nil, fmt.Errorf("it has more than %d bytes", maxTemplateSize)
 	}
 	draft, refusal := parseTemplate(data)
+	if refusal == nil {
+		refusal = unknownTemplateMembers(data)
+	}
 	if refusal != nil {
-		return nil, errors.New(refusal.message)
+		return nil, errors.New(strings.Replace(refusal.message, "The request body", "it", 1))
 	}
 	t := &draft.Template
 	return t, t.checkAgainst(models)

@@ -4,6 +4,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"slices"
 	"strconv"
 	"time"
 
@@ -110,6 +111,25 @@ func parseTemplate(body []byte) (*templateDraft, *apiError) {
 	}
 	return d, nil
 }
+
+// unknownTemplateMembers is the error for a template of an operator's that has members which mean nothing: a slip of the
+// pen would cost it a prompt. What the API says of a template and does not take may be there.
+func unknownTemplateMembers(body []byte) *apiError {
+	p := &parser{cursor: cursor{data: body, maxDepth: maxRequestDepth}}
+	p.eachMember(func(name []byte) {
+		if !slices.Contains(templateFields, string(name)) && !slices.Contains(answeredOnly, string(name)) {
+			p.at(string(name)).faultf("extra_forbidden", "Extra inputs are not permitted")
+			p.up()
+		}
+		p.skip()
+	})
+	if len(p.faults) == 0 {
+		return nil
+	}
+	return validationError(p.faults)
+}
+
+var answeredOnly = []string{"id", "created_at", "updated_at"}
 
 func (p *parser) templateMember(name string, d *templateDraft) {
 	text := func() string { t, _ := p.text(); return string(t) }
