@@ -37,11 +37,13 @@ type answer struct {
 	by  *candidate
 
 	attempt
-	asked time.Time // when the attempt began
-	trace *requestTrace
-	ttft  time.Duration
-	wait  *firstByteWait // nil where it may take its time
-	hold  *held          // nil where nothing is held back
+	asked   time.Time // when the attempt began
+	trace   *requestTrace
+	ttft    time.Duration
+	wait    *firstByteWait // nil where it may take its time
+	hold    *held          // nil where nothing is held back
+	company *company       // nil where nobody is pinged
+	over    bool           // the upstream's handler has returned
 
 	header http.Header // this candidate's own
 	status int
@@ -137,6 +139,9 @@ func (a *answer) flush() error {
 		return nil
 	}
 	a.unflushed = false
+	if a.company != nil {
+		return a.company.flush()
+	}
 	return http.NewResponseController(a.x.w).Flush()
 }
 
@@ -160,12 +165,20 @@ func (a *answer) send(p []byte) error {
 	if a.clientGone {
 		return a.gone(context.Canceled)
 	}
-	if _, err := a.x.w.Write(p); err != nil {
+	if err := a.write(p); err != nil {
 		a.clientGone = true
 		return a.gone(err)
 	}
 	a.unflushed = true
 	return nil
+}
+
+func (a *answer) write(p []byte) error {
+	if a.company != nil {
+		return a.company.write(p)
+	}
+	_, err := a.x.w.Write(p)
+	return err
 }
 
 func (a *answer) gone(err error) error {
@@ -188,6 +201,7 @@ func (a *answer) commit() {
 		if a.race == nil {
 			a.req.forget()
 		}
+		defer a.keepCompany()
 	}
 	if begun {
 		return // with pings, and another header
@@ -235,7 +249,6 @@ func (a *answer) logEnd() {
 // finish ends the attempt: an answer that was held back until it was whole goes out now, if it is one.
 func (a *answer) finish() {
 	a.sent = a.reached.Load()
-	a.hold.end()
 	if a.stream != nil && !a.committed {
 		return
 	}

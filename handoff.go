@@ -256,6 +256,7 @@ func (x *exchange) try(req *chatRequest, c *candidate, at attempt, deadline time
 // from lets the candidate's handler answer into a. A panic with http.ErrAbortHandler is how reverse_proxy says that
 // an answer broke off after its header; any other goes on.
 func (a *answer) from(ctx context.Context) (err error) {
+	defer a.end()
 	defer func() {
 		switch p := recover(); p {
 		case nil:

@@ -13,6 +13,7 @@ type stream struct {
 	held []byte // the beginning of an event that has not ended yet
 	scan eventScanner
 	long bool // the event at hand is too long to be held
+	told bool // of long, to whoever pings
 
 	done     bool      // [DONE] has come
 	answered bool      // a choice has come
@@ -92,6 +93,7 @@ func (s *stream) hold(rest []byte, done int) error {
 	if len(rest) > maxEvent {
 		s.long = true
 	}
+	s.tellLong()
 	if s.long {
 		searched := rest[:s.scan.pos]
 		rest = rest[s.scan.pos:]
@@ -99,12 +101,20 @@ func (s *stream) hold(rest []byte, done int) error {
 		if err := s.pass(searched); err != nil {
 			return err
 		}
+		s.tellLong() // the answer may have been let go only now
 	}
 	if cap(s.held) > 4<<10 && len(rest) < 1<<10 {
 		s.held = nil // one long event shall not cost memory for as long as the stream lasts
 	}
 	s.held = append(s.held[:0], rest...)
 	return nil
+}
+
+// tellLong has no ping go out inside an event.
+func (s *stream) tellLong() {
+	if s.long != s.told && s.a.within(s.long) {
+		s.told = s.long
+	}
 }
 
 func (s *stream) pass(parts ...[]byte) error {
