@@ -92,6 +92,13 @@ import (
 //			max_models   <number>
 //			timeout      <duration>
 //		}
+//		async {
+//			workers     <number>
+//			retention   <duration>
+//			max_pending <number>
+//			max_result  <size>
+//			queue       <name>
+//		}
 //		max_body_size <size>
 //		timeout       <duration>
 //		first_byte_timeout <duration>
@@ -126,6 +133,7 @@ func parseCaddyfile(helper httpcaddyfile.Helper) (caddyhttp.MiddlewareHandler, e
 		"template":           {parse: func() error { return p.template(h) }, many: true},
 		"templates":          {parse: func() error { return p.templateFiles(h) }, many: true},
 		"compare":            {parse: func() error { return p.compare(h) }},
+		"async":              {parse: func() error { return p.async(h) }},
 		"metrics":            {parse: func() error { return p.metrics(h) }},
 		"tracing":            {parse: func() error { return p.tracing(h) }},
 		"first_byte_timeout": {parse: func() error { return p.duration(&h.FirstByteTimeout) }},

@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"net/http"
+	"sync"
 	"time"
 
 	"github.com/caddyserver/caddy/v2"
@@ -30,7 +31,7 @@ const (
 )
 
 // Handler turns a site into an LLM gateway: clients send OpenAI's chat completions with a key of the gateway's, and
-// the upstream of the model they ask for answers them. It serves `/v1/chat/completions`, `/v1/chat/compare`, `/v1/templates`, `/v1/usage` and `/v1/models`; every
+// the upstream of the model they ask for answers them. It serves `/v1/chat/completions`, `/v1/chat/jobs`, `/v1/chat/compare`, `/v1/templates`, `/v1/usage` and `/v1/models`; every
 // other path, and OPTIONS, goes to the next handler.
 //
 // It sets these placeholders, which the access log shows as the object `mesh` as well:
@@ -94,6 +95,9 @@ type Handler struct {
 	// How /v1/chat/compare works.
 	Compare *Compare `json:"compare,omitempty"`
 
+	// How requests with `async_mode` become jobs. They do by default.
+	Async *Async `json:"async,omitempty"`
+
 	// Whether answers say in X-Mesh-Upstream which upstream served them. Default: false.
 	ExposeUpstream bool `json:"expose_upstream,omitempty"`
 
@@ -111,6 +115,11 @@ type Handler struct {
 	answers   *answerLength
 	pingEvery time.Duration
 	logger    *zap.Logger
+
+	async     asyncRules
+	serves    string // what its requests mean: see modelsDigest
+	queueless bool
+	jobs      *jobRunner // nil until it starts
 }
 
 // CaddyModule returns the Caddy module information.
@@ -128,6 +137,7 @@ func (h *Handler) Provision(ctx caddy.Context) error {
 	if err := h.check(); err != nil {
 		return err
 	}
+	h.async, h.serves = h.Async.rules(), h.modelsDigest()
 	if err := collectors.register(ctx.GetMetricsRegistry()); err != nil {
 		return fmt.Errorf("registering metrics: %w", err)
 	}
@@ -200,7 +210,7 @@ func (h *Handler) start() error {
 		zap.Int("upstreams", len(h.Upstreams)))
 	h.warnOfUnpriced()
 	h.warnOfDetached()
-	return nil
+	return h.startJobs()
 }
 
 // warnOfUnpriced says which spend caps can be passed because a model has no price.
@@ -217,6 +227,7 @@ func (h *Handler) warnOfUnpriced() {
 
 // Cleanup gives back what this configuration holds. Requests that are still under way keep the store open.
 func (h *Handler) Cleanup() error {
+	h.jobs.stop()
 	for _, u := range h.Upstreams {
 		u.leaveHealth()
 	}
@@ -299,6 +310,11 @@ func (h *Handler) check() error {
 			return &configError{part: h.Compare, err: err}
 		}
 	}
+	if h.Async != nil {
+		if err := h.Async.check(); err != nil {
+			return &configError{part: h.Async, err: err}
+		}
+	}
 	return h.checkKeys(table)
 }
 
@@ -368,6 +384,7 @@ func (a *App) starts(h *Handler) { a.handlers = append(a.handlers, h) }
 
 // Start opens the handlers' stores.
 func (a *App) Start() error {
+	a.settleQueues()
 	for _, h := range a.handlers {
 		if err := h.start(); err != nil {
 			return err
@@ -376,8 +393,14 @@ func (a *App) Start() error {
 	return nil
 }
 
-// Stop ends the events of this configuration. Each handler's Cleanup lets go of its store.
+// Stop ends the events of this configuration, and has its handlers begin no more jobs. Each handler's Cleanup lets go of
+// its store.
 func (a *App) Stop() error {
+	var stopping sync.WaitGroup
+	for _, h := range a.handlers {
+		stopping.Go(h.jobs.stop)
+	}
+	stopping.Wait()
 	notices.leave(a)
 	return nil
 }

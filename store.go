@@ -66,6 +66,7 @@ type Admission struct {
 	Waited    time.Duration // for the store already, to find the key
 	Uncounted bool          // it is part of a request that was counted
 	Pending   Event         // what a store that several gateways share charges if this one dies before it settles the request
+	Job       *Job          // that the request is; it belongs to no instance
 }
 
 // Limits are what a key may use. Zero values mean no limit.
@@ -99,6 +100,7 @@ const (
 	LimitRPM         Limit = "rpm"
 	LimitTPM         Limit = "tpm"
 	LimitConcurrency Limit = "concurrency"
+	LimitQueue       Limit = "queue" // of jobs; it is no key's
 )
 
 // Verdict is the answer to an Admission, and where the key stands after it.

@@ -1,0 +1,227 @@
+package mesh
+
+import (
+	"context"
+	"errors"
+	"slices"
+	"sync"
+	"time"
+
+	"github.com/caddyserver/caddy/v2"
+	"go.uber.org/zap"
+)
+
+const (
+	jobRetry = time.Second     // after a store that could not take the end of a job
+	haltTime = 5 * time.Second // for running jobs, when the process ends
+)
+
+// jobRunner is a handler's pool of workers. It holds the store until its last job has ended, which may be after the end
+// of its configuration: what runs is left alone by a reload, and what waits is for the next configuration's.
+type jobRunner struct {
+	h     *Handler
+	store JobStore
+	queue string
+
+	halting context.Context // ends when the configuration does
+	halt    context.CancelFunc
+	turns   chan struct{}  // one for each job that runs
+	jobs    sync.WaitGroup // those that run
+	idle    chan struct{}  // is closed when the last has ended, and none will begin
+	ended   chan struct{}  // is closed when all has ended
+
+	mu   sync.Mutex
+	runs []*JobRun
+}
+
+// startJobs starts the handler's workers.
+func (h *Handler) startJobs() error {
+	store, err := h.store.acquire()
+	if err != nil {
+		return err
+	}
+	jobs, ok := store.(JobStore)
+	if !ok {
+		h.releaseStore()
+		return nil
+	}
+	r := &jobRunner{h: h, store: jobs, queue: h.async.queue, idle: make(chan struct{}), ended: make(chan struct{})}
+	if !h.queueless {
+		r.turns = make(chan struct{}, h.async.workers)
+	}
+	r.halting, r.halt = context.WithCancel(context.Background())
+	h.jobs = r
+	go r.live()
+	return nil
+}
+
+// live ends with the last job after the end of the configuration.
+func (r *jobRunner) live() {
+	defer close(r.ended)
+	defer r.h.releaseStore()
+	var tending sync.WaitGroup
+	tending.Go(r.take)
+	tending.Go(r.tend)
+	tending.Go(r.sweep)
+	tending.Wait()
+}
+
+// stop has no further jobs begin. Where the process ends, those that run are stopped as well, and wait again.
+func (r *jobRunner) stop() {
+	if r == nil {
+		return
+	}
+	r.halt()
+	if !caddy.Exiting() {
+		return
+	}
+	r.haltAll()
+	select {
+	case <-r.ended:
+	case <-time.After(haltTime): // whoever is started next finds them
+	}
+}
+
+func (r *jobRunner) haltAll() {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	for _, run := range r.runs {
+		run.stop(errJobHalted)
+	}
+}
+
+// take runs jobs as they come, as many at a time as there are turns.
+func (r *jobRunner) take() {
+	defer close(r.idle)
+	defer r.jobs.Wait()
+	if cap(r.turns) == 0 {
+		<-r.halting.Done()
+		return
+	}
+	for {
+		select {
+		case r.turns <- struct{}{}:
+		case <-r.halting.Done():
+			return
+		}
+		run, err := r.store.TakeJob(r.halting, r.queue)
+		if err != nil {
+			return
+		}
+		r.add(run)
+		r.jobs.Go(func() {
+			defer func() { <-r.turns }()
+			defer r.remove(run)
+			r.work(run)
+		})
+	}
+}
+
+func (r *jobRunner) add(run *JobRun) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.runs = append(r.runs, run)
+}
+
+func (r *jobRunner) remove(run *JobRun) {
+	run.stop(nil)
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.runs = slices.DeleteFunc(r.runs, func(other *JobRun) bool { return other == run })
+}
+
+// tend keeps the jobs that run this instance's.
+func (r *jobRunner) tend() {
+	ticker := time.NewTicker(jobBeat)
+	defer ticker.Stop()
+	for {
+		select {
+		case <-ticker.C:
+		case <-r.idle:
+			return
+		}
+		r.mu.Lock()
+		runs := slices.Clone(r.runs)
+		r.mu.Unlock()
+		if len(runs) > 0 {
+			r.store.KeepJobs(context.Background(), r.queue, runs)
+		}
+	}
+}
+
+// sweep removes what is past its time.
+func (r *jobRunner) sweep() {
+	ticker := time.NewTicker(jobSweep)
+	defer ticker.Stop()
+	sweeping := trouble{message: "jobs that are past their time cannot be removed"}
+	for {
+		select {
+		case <-ticker.C:
+		case <-r.halting.Done():
+			return
+		}
+		err := r.store.SweepJobs(r.halting, r.queue)
+		if r.halting.Err() != nil {
+			return
+		}
+		if errors.Is(err, errUnavailable) { // of which the store itself speaks
+			err = nil
+		}
+		sweeping.note(r.h.logger, err)
+	}
+}
+
+// work runs a job, and has the store know how it ended.
+func (r *jobRunner) work(run *JobRun) {
+	if r.halting.Err() != nil && caddy.Exiting() {
+		run.stop(errJobHalted) // it was taken while all were stopped
+	}
+	call, end := r.h.runJob(r.store, run)
+	cause := context.Cause(run.ctx)
+	if end.Event.Outcome == OutcomeClientGone && cause == errJobHalted {
+		if err := r.store.ReturnJob(context.Background(), run); err != nil {
+			r.log(run, "a job that was stopped could not be given back; it is run again after a while", err)
+		}
+		return
+	}
+	if cause == errJobCancelled {
+		end.Status, end.Response, end.Error = JobCancelled, nil, nil
+	}
+	if r.finish(run, end) {
+		call.count()
+	}
+}
+
+// finish records the end of a job, and reports whether it is this one that counts. It tries for as long as the job may be
+// this run's.
+func (r *jobRunner) finish(run *JobRun, end JobEnd) bool {
+	failing := false
+	for {
+		err := r.store.FinishJob(context.Background(), run, end)
+		switch {
+		case err == nil:
+			return true
+		case errors.Is(err, errJobLost):
+			r.log(run, "a job has been run by another as well; its end here does not count", err)
+			return false
+		case !failing:
+			failing = true
+			r.log(run, "the end of a job cannot be recorded yet", err)
+		}
+		if context.Cause(run.ctx) == errJobHalted {
+			return false // it is run again
+		}
+		select {
+		case <-time.After(jobRetry):
+		case <-run.ctx.Done():
+			if context.Cause(run.ctx) == errJobLost {
+				return false
+			}
+			time.Sleep(jobRetry)
+		}
+	}
+}
+
+func (r *jobRunner) log(run *JobRun, message string, err error) {
+	r.h.logger.Warn(message, zap.String("job", run.Job.ID), zap.String("request_id", run.Job.RequestID), zap.Error(err))
+}
