@@ -122,6 +122,7 @@ func (x *exchange) cancelJob() *apiError {
 		if err != nil {
 			return x.jobFailed(err)
 		}
+		x.h.jobs.cancel(job.ID)
 		return x.answer(job.view())
 	})
 }

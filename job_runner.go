@@ -90,6 +90,20 @@ func (r *jobRunner) haltAll() {
 	}
 }
 
+// cancel stops a job that was cancelled, if it runs here. Else whoever runs it hears of it from the store.
+func (r *jobRunner) cancel(id string) {
+	if r == nil {
+		return
+	}
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	for _, run := range r.runs {
+		if run.Job.ID == id {
+			run.stop(errJobCancelled)
+		}
+	}
+}
+
 // take runs jobs as they come, as many at a time as there are turns.
 func (r *jobRunner) take() {
 	defer close(r.idle)

@@ -60,6 +60,9 @@ func (g *gateway) becomes(path string, status JobStatus) (j seenJob) {
 // jobStores are the stores that jobs are tested with, as options of a site.
 func jobStores(t *testing.T, test func(t *testing.T, store string)) {
 	t.Run("local", func(t *testing.T) { test(t, "store local $DIR/mesh.db") })
+	t.Run("redis", func(t *testing.T) {
+		test(t, "store redis "+startRedis(t).address+" {\n\t\ttimeout 5s\n\t\tjournal $DIR/journal.db\n\t}")
+	})
 }
 
 // jobSite is a site with a store, options of its key, and what else it is given.
