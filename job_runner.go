@@ -13,7 +13,7 @@ import (
 
 const (
 	jobRetry = time.Second     // after a store that could not take the end of a job
-	haltTime = 5 * time.Second // for running jobs, when the process ends
+	haltTime = 5 * time.Second // for what is on its way when the configuration or the process ends
 )
 
 // jobRunner is a handler's pool of workers. It holds the store until its last job has ended, which may be after the end
@@ -66,19 +66,20 @@ func (r *jobRunner) live() {
 	tending.Wait()
 }
 
-// stop has no further jobs begin. Where the process ends, those that run are stopped as well, and wait again.
+// stop has no further jobs begin. Those that run go on, unless the process ends: then they are stopped, and wait again.
 func (r *jobRunner) stop() {
 	if r == nil {
 		return
 	}
 	r.halt()
-	if !caddy.Exiting() {
+	if caddy.Exiting() {
+		r.haltAll()
+	} else if r.busy() {
 		return
 	}
-	r.haltAll()
 	select {
 	case <-r.ended:
-	case <-time.After(haltTime): // whoever is started next finds them
+	case <-time.After(haltTime): // whoever is started next finds what is left
 	}
 }
 
@@ -88,6 +89,12 @@ func (r *jobRunner) haltAll() {
 	for _, run := range r.runs {
 		run.stop(errJobHalted)
 	}
+}
+
+func (r *jobRunner) busy() bool {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return len(r.runs) > 0
 }
 
 // cancel stops a job that was cancelled, if it runs here. Else whoever runs it hears of it from the store.

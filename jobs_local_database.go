@@ -213,8 +213,8 @@ func (s *localStore) loadJobs() error {
 	if err != nil {
 		return err
 	}
-	for _, e := range owed {
-		s.Settle(e)
+	if err := s.settleOwed(owed); err != nil {
+		return err
 	}
 	s.jobs.settled = ids
 	for _, j := range waiting {
@@ -226,6 +226,24 @@ func (s *localStore) loadJobs() error {
 		q := s.jobs.queue(j.Queue)
 		q.waiting = append(q.waiting, j.ID)
 		q.call()
+	}
+	return nil
+}
+
+// settleOwed settles those events that the ledger does not have.
+func (s *localStore) settleOwed(owed []Event) error {
+	events := make([]settledEvent, len(owed))
+	for i := range owed {
+		events[i].requestID = owed[i].RequestID
+	}
+	entered, err := s.database.has(events)
+	if err != nil {
+		return err
+	}
+	for i, e := range owed {
+		if !entered[i] {
+			s.Settle(e)
+		}
 	}
 	return nil
 }

@@ -1,6 +1,7 @@
 package mesh
 
 import (
+	"context"
 	"encoding/json"
 	"fmt"
 	"net/http"
@@ -403,6 +404,63 @@ func TestJobsResumeAfterTheEndOfTheirProcess(t *testing.T) {
 				t.Errorf("%d entries, %s USD", len(entries), sum)
 			}
 		})
+	}
+}
+
+// TestLocalJobsThatWereNotSettledAreAtTheNextStart has a process end between the end of a job and its settlement, and before
+// the run of a cancelled job has said what it cost.
+func TestLocalJobsThatWereNotSettledAreAtTheNextStart(t *testing.T) {
+	path := t.TempDir() + "/mesh.db"
+	s := openLocal(t, path)
+	ended, a := newTestJob(Limits{}, 0)
+	submitJob(t, s, ended, a)
+	end := endOf(takeJob(t, s, "q"), `"won"`, 5)
+	err := s.changeJobs(func(b *jobBuckets) error {
+		j, err := b.get(ended.ID)
+		if err != nil {
+			return err
+		}
+		return b.end(j, &end)
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	cancelled, a := newTestJob(Limits{}, 0)
+	submitJob(t, s, cancelled, a)
+	run := takeJob(t, s, "q")
+	if j, err := s.CancelJob(t.Context(), "q", cancelled.ID); err != nil || j.Status != JobCancelled || context.Cause(run.ctx) != errJobCancelled {
+		t.Fatalf("%+v, %v, %v", j, err, context.Cause(run.ctx))
+	}
+	if spent := s.spend("abc"); spent != 0 {
+		t.Errorf("spent before: %s", spent)
+	}
+	for range 2 { // and once
+		if err := s.Destruct(); err != nil {
+			t.Fatal(err)
+		}
+		s = openLocal(t, path)
+		if spent := s.spend("abc"); spent != 12 {
+			t.Errorf("spent: %s", spent)
+		}
+	}
+	if err := s.SweepJobs(t.Context(), "q"); err != nil {
+		t.Error(err)
+	}
+	entries := 0
+	if err := s.events(func(Event) bool { entries++; return true }); err != nil || entries != 2 {
+		t.Errorf("%d entries, %v", entries, err)
+	}
+	owed := 0
+	s.viewJobs(func(b *jobBuckets) error { //nolint:errcheck // it counts
+		return b.owed.ForEach(func(_, _ []byte) error { owed++; return nil })
+	})
+	if owed != 0 {
+		t.Errorf("%d events are kept", owed)
+	}
+	for id, want := range map[string]JobStatus{ended.ID: JobCompleted, cancelled.ID: JobCancelled} {
+		if j, err := s.GetJob(t.Context(), "q", id); err != nil || j.Status != want {
+			t.Errorf("%+v, %v", j, err)
+		}
 	}
 }
 
