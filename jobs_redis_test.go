@@ -112,6 +112,11 @@ func TestJobOfAnInstanceThatDiedIsRunByAnotherAndEndsOnce(t *testing.T) {
 	if b := readRedis(t, first, "abc"); b.total != "5" || b.entries != 1 || b.pending != 0 || b.reserved != "0" {
 		t.Errorf("%+v", b)
 	}
+	for _, s := range []*redisStore{first, second} { // what they go by in an outage
+		if a := s.accounts.of("abc"); len(a.underWay.requests) != 0 || a.reserved.sum != 0 {
+			t.Errorf("under way: %v, reserved: %s", a.underWay.requests, a.reserved.sum)
+		}
+	}
 	if got, err := first.GetJob(t.Context(), "q", j.ID); err != nil || string(got.Response) != `"won"` || got.Status != JobCompleted {
 		t.Errorf("%+v, %v", got, err)
 	}
