@@ -277,14 +277,13 @@ func TestJobThatWaitsForTooLongFailsAndCostsNothing(t *testing.T) {
 func TestJobsWaitOutAnOutage(t *testing.T) {
 	shortJobTimes(t)
 	server := startRedis(t, "--appendfsync", "always")
-	gate := newUpstreamGate()
-	up := startUpstream(t, gate.ServeHTTP)
+	gate, up := startGate(t)
 	store := "store redis " + server.address + " {\n\t\ttimeout 1s\n\t\tjournal $DIR/journal.db\n\t}"
 	g := startGateway(t, up.address(), jobSite(store, "", "\tasync {\n\t\tworkers 1\n\t}"))
 	running, waiting := g.submit(asyncBody), g.submit(asyncBody)
 	eventually(t, "the first runs", func() bool { return gate.entered.Load() == 1 })
 	server.kill()
-	close(gate.open)
+	gate.let()
 	eventuallyIn(t, time.Minute, "no job is taken", func() bool {
 		r := g.post(asyncBody)
 		return r.StatusCode == http.StatusServiceUnavailable && r.errorCode(t) == "store_unavailable"

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"net/http"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"syscall"
 	"testing"
@@ -78,11 +79,21 @@ func jobSite(store, key, more string) string {
 // upstreamGate is a provider that answers when it is let.
 type upstreamGate struct {
 	open    chan struct{}
+	once    sync.Once
 	entered atomic.Int64
 	left    atomic.Int64 // requests whose client went away
 }
 
-func newUpstreamGate() *upstreamGate { return &upstreamGate{open: make(chan struct{})} }
+// startGate runs such a provider. It lets everything go when the test ends, so that nothing waits for a test that failed.
+func startGate(t *testing.T) (*upstreamGate, *upstream) {
+	g := &upstreamGate{open: make(chan struct{})}
+	up := startUpstream(t, g.ServeHTTP)
+	t.Cleanup(g.let)
+	return g, up
+}
+
+// let has all requests be answered, now and from now on.
+func (g *upstreamGate) let() { g.once.Do(func() { close(g.open) }) }
 
 func (g *upstreamGate) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	g.entered.Add(1)
@@ -159,8 +170,7 @@ func TestJobAnswersWhatASynchronousClientWouldHaveGot(t *testing.T) {
 
 func TestCancelledJobStopsItsUpstream(t *testing.T) {
 	jobStores(t, func(t *testing.T, store string) {
-		gate := newUpstreamGate()
-		up := startUpstream(t, gate.ServeHTTP)
+		gate, up := startGate(t)
 		g := startGateway(t, up.address(), jobSite(store, "max_concurrency 2", "\tasync {\n\t\tworkers 1\n\t}"))
 		running, waiting := g.submit(asyncBody), g.submit(asyncBody)
 		eventually(t, "the first runs", func() bool { return gate.entered.Load() == 1 })
@@ -180,7 +190,7 @@ func TestCancelledJobStopsItsUpstream(t *testing.T) {
 			j := g.becomes(path, JobCancelled)
 			eventually(t, "the ledger has one entry", func() bool { return len(g.ledgerOf(j.RequestID)) == 1 })
 		}
-		close(gate.open)
+		gate.let()
 		for range 2 { // there is room again
 			g.becomes(g.submit(asyncBody), JobCompleted)
 		}
@@ -232,8 +242,7 @@ func TestJobIsRefusedAsAnyRequestIs(t *testing.T) {
 // TestFullQueueLeavesNothingBehind has a key whose limits would show what a refused job had kept.
 func TestFullQueueLeavesNothingBehind(t *testing.T) {
 	jobStores(t, func(t *testing.T, store string) {
-		gate := newUpstreamGate()
-		up := startUpstream(t, gate.ServeHTTP)
+		gate, up := startGate(t)
 		const key = "rpm 100\n\t\tmax_concurrency 4\n\t\tspend_cap_usd 0.05 hard" // a job reserves 0.01 or so
 		g := startGateway(t, up.address(), jobSite(store, key, "\tasync {\n\t\tworkers 1\n\t\tmax_pending 2\n\t}"))
 		body := strings.Replace(asyncBody, "{", `{"max_tokens":900,`, 1)
@@ -247,7 +256,7 @@ func TestFullQueueLeavesNothingBehind(t *testing.T) {
 				t.Errorf("%s %s", r.Status, r.body)
 			}
 		}
-		close(gate.open)
+		gate.let()
 		for _, path := range paths {
 			g.becomes(path, JobCompleted)
 		}
@@ -284,8 +293,8 @@ func TestResultThatIsTooLargeFailsTheJobAndIsCharged(t *testing.T) {
 
 func TestReloadLeavesRunningJobsAloneAndRunsOthersAnew(t *testing.T) {
 	jobStores(t, func(t *testing.T, store string) {
-		gate := newUpstreamGate()
-		up, next := startUpstream(t, gate.ServeHTTP), startUpstream(t, answers(200, "application/json", strings.Replace(completion, "Hello", "Welcome", 1)))
+		gate, up := startGate(t)
+		next := startUpstream(t, answers(200, "application/json", strings.Replace(completion, "Hello", "Welcome", 1)))
 		config := jobSite(store, "", "\tasync {\n\t\tworkers 1\n\t}")
 		g := startGateway(t, up.address(), config)
 		running, waiting := g.submit(asyncBody), g.submit(asyncBody)
@@ -297,7 +306,7 @@ func TestReloadLeavesRunningJobsAloneAndRunsOthersAnew(t *testing.T) {
 		if j := g.job(running); j.Status != JobInProgress {
 			t.Errorf("what ran is %s", j.Status)
 		}
-		close(gate.open)
+		gate.let()
 		if j := g.becomes(running, JobCompleted); !strings.Contains(string(j.Response), "Hello") {
 			t.Errorf("what ran: %s", j.Response)
 		}
@@ -309,8 +318,7 @@ func TestReloadLeavesRunningJobsAloneAndRunsOthersAnew(t *testing.T) {
 
 // TestJobIsWhatItWasAtItsSubmit changes a template while a job with it waits.
 func TestJobIsWhatItWasAtItsSubmit(t *testing.T) {
-	gate := newUpstreamGate()
-	up := startUpstream(t, gate.ServeHTTP)
+	gate, up := startGate(t)
 	g := startGateway(t, up.address(), jobSite("store local $DIR/mesh.db", "default_params temperature 0.25", "\tasync {\n\t\tworkers 1\n\t}"))
 	template := templatesPath + "/" + g.do(http.MethodPost, templatesPath, `{"name":"greet","system":"Greet {{who}}.","model":"test/templated"}`).template(t, 201).ID
 	first := g.submit(asyncBody)
@@ -319,7 +327,7 @@ func TestJobIsWhatItWasAtItsSubmit(t *testing.T) {
 	if r := g.do(http.MethodDelete, template, ""); r.StatusCode != http.StatusNoContent {
 		t.Fatal(r.Status)
 	}
-	close(gate.open)
+	gate.let()
 	g.becomes(first, JobCompleted)
 	if j := g.becomes(second, JobCompleted); j.Model != "test/templated" {
 		t.Errorf("%+v", j)
@@ -373,8 +381,7 @@ func TestSitesThatShareAStoreDoNotShareJobsByAccident(t *testing.T) {
 func TestJobsResumeAfterTheEndOfTheirProcess(t *testing.T) {
 	for _, signal := range []syscall.Signal{syscall.SIGKILL, syscall.SIGTERM} {
 		t.Run(signal.String(), func(t *testing.T) {
-			gate := newUpstreamGate()
-			up := startUpstream(t, gate.ServeHTTP)
+			gate, up := startGate(t)
 			const key = "max_concurrency 3\n\t\tspend_cap_usd 10 hard"
 			config := fmt.Sprintf(inSite, jobSite("store local $DIR/mesh.db", key, "\tasync {\n\t\tworkers 1\n\t}"))
 			p := startProcess(t, up.address(), config)
@@ -384,10 +391,10 @@ func TestJobsResumeAfterTheEndOfTheirProcess(t *testing.T) {
 			eventually(t, "the first runs", func() bool { return gate.entered.Load() == 1 })
 			p.restart(signal)
 			eventuallyIn(t, time.Minute, "it runs again", func() bool { return gate.entered.Load() == 2 })
-			if r := g.post(chatBody); r.StatusCode != http.StatusTooManyRequests {
+			if r := g.post(strings.Replace(chatBody, "{", `{"timeout":5,`, 1)); r.StatusCode != http.StatusTooManyRequests {
 				t.Errorf("beside three jobs: %s %s", r.Status, r.body)
 			}
-			close(gate.open)
+			gate.let()
 			var ids []string
 			for _, path := range paths {
 				ids = append(ids, g.becomes(path, JobCompleted).RequestID)
