@@ -6,6 +6,7 @@ import (
 	"runtime/debug"
 	"time"
 
+	"github.com/caddyserver/caddy/v2"
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
 	"go.uber.org/zap"
 )
@@ -68,6 +69,9 @@ func (h *Handler) jobCall(run *JobRun, taker *answerTaker) *exchange {
 	client := &exchange{h: h, r: r, key: key}
 	client.event.KeyID, client.event.KeyName, client.event.Owner = key.id, key.Name, key.Owner
 	call := client.call(ctx, taker)
+	if repl, ok := call.r.Context().Value(caddy.ReplacerCtxKey).(*caddy.Replacer); ok {
+		repl.Map(call.placeholder)
+	}
 	call.event.RequestID = run.Job.RequestID
 	call.event.Model = run.Job.Model
 	call.expanded = request

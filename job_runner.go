@@ -229,17 +229,10 @@ func (r *jobRunner) finish(run *JobRun, end JobEnd) bool {
 			failing = true
 			r.log(run, "the end of a job cannot be recorded yet", err)
 		}
-		if context.Cause(run.ctx) == errJobHalted {
+		if caddy.Exiting() {
 			return false // it is run again
 		}
-		select {
-		case <-time.After(jobRetry):
-		case <-run.ctx.Done():
-			if context.Cause(run.ctx) == errJobLost {
-				return false
-			}
-			time.Sleep(jobRetry)
-		}
+		time.Sleep(jobRetry)
 	}
 }
 

@@ -189,6 +189,9 @@ func (s *redisStore) beginJob(queue, id, entry string) (*JobRun, error) {
 	case said[0] == "ended" && j.Request != nil: // it was cancelled, and its run did not live to say what it cost
 		j.Runs = 1
 		return nil, s.FinishJob(context.Background(), run, j.abandoned(errJobDropped, s.now()))
+	case said[0] == "ended": // and settled
+		_, err := s.jobScript(0, "settled", queue, id, id, max(1, seconds(j.Retention)))
+		return nil, err
 	case j.Runs > maxJobRuns:
 		return nil, s.FinishJob(context.Background(), run, j.abandoned(errJobDropped, s.now()))
 	default:

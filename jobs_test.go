@@ -11,6 +11,8 @@ import (
 	"syscall"
 	"testing"
 	"time"
+
+	"go.uber.org/zap"
 )
 
 // asyncBody is a plain request for a job.
@@ -171,14 +173,16 @@ func TestJobAnswersWhatASynchronousClientWouldHaveGot(t *testing.T) {
 func TestCancelledJobStopsItsUpstream(t *testing.T) {
 	jobStores(t, func(t *testing.T, store string) {
 		gate, up := startGate(t)
-		g := startGateway(t, up.address(), jobSite(store, "max_concurrency 2", "\tasync {\n\t\tworkers 1\n\t}"))
+		g := startGateway(t, up.address(), jobSite(store, "max_concurrency 2", "\tasync {\n\t\tworkers 1\n\t\tmax_pending 2\n\t}"))
 		running, waiting := g.submit(asyncBody), g.submit(asyncBody)
 		eventually(t, "the first runs", func() bool { return gate.entered.Load() == 1 })
 		if j := g.job(running); j.Status != JobInProgress {
 			t.Errorf("it is %s", j.Status)
 		}
-		if r := g.post(asyncBody); r.StatusCode != http.StatusTooManyRequests || !strings.Contains(string(r.body), "at the same time") {
-			t.Errorf("a third: %s %s", r.Status, r.body)
+		for range 2 { // which takes no place in the queue
+			if r := g.post(asyncBody); r.StatusCode != http.StatusTooManyRequests || !strings.Contains(string(r.body), "at the same time") {
+				t.Errorf("a third: %s %s", r.Status, r.body)
+			}
 		}
 		for _, path := range []string{waiting, running} {
 			if j := g.do(http.MethodDelete, path, "").job(t, 200); j.Status != JobCancelled || j.Response != nil || j.Error != nil {
@@ -319,7 +323,8 @@ func TestReloadLeavesRunningJobsAloneAndRunsOthersAnew(t *testing.T) {
 // TestJobIsWhatItWasAtItsSubmit changes a template while a job with it waits.
 func TestJobIsWhatItWasAtItsSubmit(t *testing.T) {
 	gate, up := startGate(t)
-	g := startGateway(t, up.address(), jobSite("store local $DIR/mesh.db", "default_params temperature 0.25", "\tasync {\n\t\tworkers 1\n\t}"))
+	g := startGateway(t, up.address(), strings.Replace(jobSite("store local $DIR/mesh.db", "default_params temperature 0.25", "\tasync {\n\t\tworkers 1\n\t}"),
+		"api_key sk-upstream", "api_key sk-upstream\n\t\treverse_proxy {\n\t\t\theader_up X-Key {http.mesh.key.name}\n\t\t}", 1))
 	template := templatesPath + "/" + g.do(http.MethodPost, templatesPath, `{"name":"greet","system":"Greet {{who}}.","model":"test/templated"}`).template(t, 201).ID
 	first := g.submit(asyncBody)
 	eventually(t, "the first runs", func() bool { return gate.entered.Load() == 1 })
@@ -337,7 +342,7 @@ func TestJobIsWhatItWasAtItsSubmit(t *testing.T) {
 	if string(last.body) != want {
 		t.Errorf("the upstream received\n%s, want\n%s", last.body, want)
 	}
-	if last.Header.Get("User-Agent") != "tester/1" || last.Header.Get("Cookie") != "" || last.Header.Get("Authorization") != "Bearer sk-upstream" {
+	if last.Header.Get("User-Agent") != "tester/1" || last.Header.Get("X-Key") != "tester" || last.Header.Get("Cookie") != "" || last.Header.Get("Authorization") != "Bearer sk-upstream" {
 		t.Errorf("%v", last.Header)
 	}
 }
@@ -411,6 +416,52 @@ func TestJobsResumeAfterTheEndOfTheirProcess(t *testing.T) {
 				t.Errorf("%d entries, %s USD", len(entries), sum)
 			}
 		})
+	}
+}
+
+// TestJobIsSeenByOperatorsOnce looks at the access log and the metrics of a submit and a run.
+func TestJobIsSeenByOperatorsOnce(t *testing.T) {
+	up := startUpstream(t, answers(200, "application/json", completion))
+	p := startProcess(t, up.address(), fmt.Sprintf(inSite, "log\n"+jobSite("store local $DIR/mesh.db", "", "\tmetrics {\n\t\tper_key\n\t}")))
+	g := p.gateway()
+	j := g.becomes(g.submit(asyncBody), JobCompleted)
+	count := func(prefix string) (sum float64) {
+		for name, value := range p.metrics() {
+			if strings.HasPrefix(name, prefix) {
+				sum += value
+			}
+		}
+		return sum
+	}
+	eventually(t, "the request is counted", func() bool { return count("caddy_mesh_requests_total{") > 0 })
+	for prefix, want := range map[string]float64{
+		"caddy_mesh_requests_total{": 1, "caddy_mesh_key_requests_total{": 1, "caddy_mesh_cost_usd_total{": 0.0045, "caddy_mesh_request_duration_seconds_count{": 1,
+	} {
+		if got := count(prefix); got != want {
+			t.Errorf("%s: %g, want %g", prefix, got, want)
+		}
+	}
+	eventually(t, "the submit is logged", func() bool {
+		for line := range strings.Lines(p.log()) {
+			if strings.Contains(line, "handled request") && strings.Contains(line, j.RequestID) {
+				return strings.Contains(line, `"status":202`) && strings.Contains(line, `"model":"test/plain"`)
+			}
+		}
+		return false
+	})
+}
+
+// TestHandlerThatPanicsEndsOneJobOnly would end the process of the test otherwise.
+func TestHandlerThatPanicsEndsOneJobOnly(t *testing.T) {
+	h := &Handler{logger: zap.NewNop(), async: new(Async).rules()} // has nothing that a request needs
+	j, _ := newTestJob(Limits{}, 0)
+	j.Request.Key.DefaultParams = Params{"temperature": json.RawMessage("1")}
+	call, end := h.runJob(nil, newJobRun(j, []byte(chatBody)))
+	if end.Status != JobFailed || !strings.Contains(string(end.Error), "internal_error") || end.Event.RequestID != j.RequestID || end.Event.Cost != 0 {
+		t.Errorf("%+v", end)
+	}
+	if call.event.Outcome != OutcomeError {
+		t.Errorf("%+v", call.event)
 	}
 }
 
