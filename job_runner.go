@@ -30,6 +30,8 @@ type jobRunner struct {
 	idle    chan struct{}  // is closed when the last has ended, and none will begin
 	ended   chan struct{}  // is closed when all has ended
 
+	stopped sync.Once
+
 	mu   sync.Mutex
 	runs []*JobRun
 }
@@ -68,9 +70,12 @@ func (r *jobRunner) live() {
 
 // stop has no further jobs begin. Those that run go on, unless the process ends: then they are stopped, and wait again.
 func (r *jobRunner) stop() {
-	if r == nil {
-		return
+	if r != nil {
+		r.stopped.Do(r.stopOnce)
 	}
+}
+
+func (r *jobRunner) stopOnce() {
 	r.halt()
 	if caddy.Exiting() {
 		r.haltAll()

@@ -44,6 +44,7 @@ const (
 func newRedisJobs(options redis.UniversalOptions) redisJobs {
 	options.ReadTimeout = max(options.ReadTimeout, jobTransfer)
 	options.WriteTimeout = options.ReadTimeout
+	options.PoolTimeout = max(options.PoolTimeout, settleTimeout) // bodies keep connections for a while
 	return redisJobs{client: redis.NewUniversalClient(&options), queues: make(map[string]*redisQueue)}
 }
 
@@ -109,10 +110,8 @@ func (s *redisStore) SubmitJob(ctx context.Context, a Admission, j *Job, body []
 		return Verdict{}, errRedisDown
 	}
 	reserved, err := s.jobScript(s.timeout, "reserve", j.Queue, j.ID, j.ID, maxPending)
-	s.breaker.noteTimed(jobsTag+j.Queue, err)
 	if err != nil {
-		s.withdrawJob(j)
-		return Verdict{}, s.jobsFailed(err)
+		return Verdict{}, s.jobsFailed(err) // if there is a place after all, it runs out
 	}
 	if reserved != int64(1) {
 		return Verdict{Refused: LimitQueue}, nil

@@ -12,6 +12,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/caddyserver/caddy/v2"
 	"go.uber.org/zap"
 )
 
@@ -453,9 +454,10 @@ func TestJobIsSeenByOperatorsOnce(t *testing.T) {
 
 // TestHandlerThatPanicsEndsOneJobOnly would end the process of the test otherwise.
 func TestHandlerThatPanicsEndsOneJobOnly(t *testing.T) {
-	h := &Handler{logger: zap.NewNop(), async: new(Async).rules()} // has nothing that a request needs
+	up := &Upstream{Name: "up", OnHangup: new(Hangup), health: new(upstreamHealth), rules: new(Circuit).withDefaults()} // has no handler
+	h := &Handler{logger: zap.NewNop(), async: new(Async).rules(), Timeout: caddy.Duration(time.Minute)}
+	h.models = newModelTable([]*Model{{Name: "test/plain", Targets: []*Target{{Upstream: "up"}}}}, map[string]*Upstream{"up": up})
 	j, _ := newTestJob(Limits{}, 0)
-	j.Request.Key.DefaultParams = Params{"temperature": json.RawMessage("1")}
 	call, end := h.runJob(nil, newJobRun(j, []byte(chatBody)))
 	if end.Status != JobFailed || !strings.Contains(string(end.Error), "internal_error") || end.Event.RequestID != j.RequestID || end.Event.Cost != 0 {
 		t.Errorf("%+v", end)
