@@ -25,10 +25,8 @@ type jobRunner struct {
 
 	halting context.Context // ends when the configuration does
 	halt    context.CancelFunc
-	turns   chan struct{}  // one for each job that runs
-	jobs    sync.WaitGroup // those that run
-	idle    chan struct{}  // is closed when the last has ended, and none will begin
-	ended   chan struct{}  // is closed when all has ended
+	idle    chan struct{} // is closed when the last job has ended, and none will begin
+	ended   chan struct{} // is closed when all has ended
 
 	stopped sync.Once
 
@@ -48,9 +46,6 @@ func (h *Handler) startJobs() error {
 		return nil
 	}
 	r := &jobRunner{h: h, store: jobs, queue: h.async.queue, idle: make(chan struct{}), ended: make(chan struct{})}
-	if !h.queueless {
-		r.turns = make(chan struct{}, h.async.workers)
-	}
 	r.halting, r.halt = context.WithCancel(context.Background())
 	h.jobs = r
 	go r.live()
@@ -116,30 +111,28 @@ func (r *jobRunner) cancel(id string) {
 	}
 }
 
-// take runs jobs as they come, as many at a time as there are turns.
+// take runs jobs as they come, as many at a time as there are workers.
 func (r *jobRunner) take() {
 	defer close(r.idle)
-	defer r.jobs.Wait()
-	if cap(r.turns) == 0 {
-		<-r.halting.Done()
+	if r.h.queueless {
 		return
 	}
+	var workers sync.WaitGroup
+	for range r.h.async.workers {
+		workers.Go(r.worker)
+	}
+	workers.Wait()
+}
+
+func (r *jobRunner) worker() {
 	for {
-		select {
-		case r.turns <- struct{}{}:
-		case <-r.halting.Done():
-			return
-		}
 		run, err := r.store.TakeJob(r.halting, r.queue)
 		if err != nil {
 			return
 		}
 		r.add(run)
-		r.jobs.Go(func() {
-			defer func() { <-r.turns }()
-			defer r.remove(run)
-			r.work(run)
-		})
+		r.work(run)
+		r.remove(run)
 	}
 }
 

@@ -13,6 +13,9 @@ import (
 // bucketJobs has the buckets of jobBuckets.
 var bucketJobs = []byte("jobs")
 
+// jobBatchDelay is how long a change waits for others that could be committed with it.
+const jobBatchDelay = 2 * time.Millisecond
+
 // jobBuckets are the jobs in a database, within a transaction.
 type jobBuckets struct {
 	records *bbolt.Bucket // id → Job
@@ -41,6 +44,7 @@ func (b *jobBuckets) each(fn func(name string, to **bbolt.Bucket) error) error {
 
 // prepareJobs creates the buckets where they are missing.
 func (s *localStore) prepareJobs() error {
+	s.database.bolt.MaxBatchDelay = jobBatchDelay
 	there := false
 	err := s.database.bolt.View(func(tx *bbolt.Tx) error {
 		there = tx.Bucket(bucketJobs) != nil

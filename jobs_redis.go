@@ -32,6 +32,7 @@ type redisJobs struct {
 // redisQueue is what this instance knows of a queue.
 type redisQueue struct {
 	wake      chan struct{} // a job has been submitted here
+	looking   chan struct{} // has one in it while a worker looks for a job: one of them is enough
 	nextClaim time.Time     // when to look for jobs of instances that died; is guarded by redisJobs.mu
 }
 
@@ -53,7 +54,7 @@ func (r *redisJobs) queue(name string) *redisQueue {
 	defer r.mu.Unlock()
 	q := r.queues[name]
 	if q == nil {
-		q = &redisQueue{wake: make(chan struct{}, 1)}
+		q = &redisQueue{wake: make(chan struct{}, 1), looking: make(chan struct{}, 1)}
 		r.queues[name] = q
 	}
 	return q

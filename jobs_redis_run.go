@@ -27,6 +27,12 @@ const (
 // TakeJob looks for a job again and again: first for one whose instance has died, then for one that nobody has run.
 func (s *redisStore) TakeJob(ctx context.Context, queue string) (*JobRun, error) {
 	q := s.jobs.queue(queue)
+	select {
+	case q.looking <- struct{}{}:
+		defer func() { <-q.looking }()
+	case <-ctx.Done():
+		return nil, ctx.Err()
+	}
 	failing := trouble{message: "Redis refuses to give jobs; none is run here"}
 	for ctx.Err() == nil {
 		run, more, err := s.takeJob(queue, q)
