@@ -108,7 +108,7 @@ func (a *App) settleQueues() {
 		if !mixed[h.queuePlace()] || h.async.named {
 			continue
 		}
-		h.queueless = true
+		h.jobs.queueless.Store(true)
 		h.logger.Warn("sites share a store and have different models: this one takes no jobs until its async block names a queue")
 	}
 }

@@ -53,7 +53,7 @@ func (x *exchange) submit(store Store, req *chatRequest, candidates []candidate)
 	if !ok {
 		return errNoJobs
 	}
-	if x.h.queueless {
+	if x.h.jobs.queueless.Load() {
 		return errQueueless
 	}
 	job := x.newJob(req, candidates[0].model)

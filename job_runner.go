@@ -5,6 +5,7 @@ import (
 	"errors"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/caddyserver/caddy/v2"
@@ -20,34 +21,39 @@ const (
 // of its configuration: what runs is left alone by a reload, and what waits is for the next configuration's.
 type jobRunner struct {
 	h     *Handler
-	store JobStore
+	store JobStore // nil where it has not been started, or the store keeps no jobs
 	queue string
+
+	queueless atomic.Bool // it is not to run any: see (*App).settleQueues
 
 	halting context.Context // ends when the configuration does
 	halt    context.CancelFunc
 	idle    chan struct{} // is closed when the last job has ended, and none will begin
 	ended   chan struct{} // is closed when all has ended
-
 	stopped sync.Once
 
 	mu   sync.Mutex
 	runs []*JobRun
 }
 
-// startJobs starts the handler's workers.
-func (h *Handler) startJobs() error {
-	store, err := h.store.acquire()
+func newJobRunner(h *Handler) *jobRunner {
+	r := &jobRunner{h: h, queue: h.async.queue, idle: make(chan struct{}), ended: make(chan struct{})}
+	r.halting, r.halt = context.WithCancel(context.Background())
+	return r
+}
+
+// start starts the workers.
+func (r *jobRunner) start() error {
+	store, err := r.h.store.acquire()
 	if err != nil {
 		return err
 	}
 	jobs, ok := store.(JobStore)
 	if !ok {
-		h.releaseStore()
+		r.h.releaseStore()
 		return nil
 	}
-	r := &jobRunner{h: h, store: jobs, queue: h.async.queue, idle: make(chan struct{}), ended: make(chan struct{})}
-	r.halting, r.halt = context.WithCancel(context.Background())
-	h.jobs = r
+	r.store = jobs
 	go r.live()
 	return nil
 }
@@ -65,13 +71,16 @@ func (r *jobRunner) live() {
 
 // stop has no further jobs begin. Those that run go on, unless the process ends: then they are stopped, and wait again.
 func (r *jobRunner) stop() {
-	if r != nil {
+	if r != nil { // which it is where the configuration was wrong
 		r.stopped.Do(r.stopOnce)
 	}
 }
 
 func (r *jobRunner) stopOnce() {
 	r.halt()
+	if r.store == nil {
+		return
+	}
 	if caddy.Exiting() {
 		r.haltAll()
 	} else if r.busy() {
@@ -99,9 +108,6 @@ func (r *jobRunner) busy() bool {
 
 // cancel stops a job that was cancelled, if it runs here. Else whoever runs it hears of it from the store.
 func (r *jobRunner) cancel(id string) {
-	if r == nil {
-		return
-	}
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	for _, run := range r.runs {
@@ -114,7 +120,7 @@ func (r *jobRunner) cancel(id string) {
 // take runs jobs as they come, as many at a time as there are workers.
 func (r *jobRunner) take() {
 	defer close(r.idle)
-	if r.h.queueless {
+	if r.queueless.Load() {
 		return
 	}
 	var workers sync.WaitGroup

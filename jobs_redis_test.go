@@ -10,6 +10,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"syscall"
 	"testing"
 	"time"
 
@@ -313,7 +314,8 @@ func TestClusterKeepsAQueueInOneSlot(t *testing.T) {
 	}
 }
 
-// TestJobsOfAFleetEndOnceThoughOneIsKilled has three Caddys share a thousand jobs, and kills one while it runs some.
+// TestJobsOfAFleetEndOnceThoughOneIsKilled has three Caddys share a thousand jobs, kills one while it runs some, and ends
+// another.
 func TestJobsOfAFleetEndOnceThoughOneIsKilled(t *testing.T) {
 	if testing.Short() {
 		t.Skip("a lease must run out")
@@ -355,9 +357,10 @@ func TestJobsOfAFleetEndOnceThoughOneIsKilled(t *testing.T) {
 	}
 	answered := len(up.received())
 	fleet[0].kill(os.Kill)
+	fleet[1].kill(syscall.SIGTERM) // which gives back what it was running
 	began := time.Now()
 
-	g := fleet[1].gateway()
+	g := fleet[2].gateway()
 	costs := make(map[string]Money)
 	for path, id := range requests {
 		j := g.becomes(path, JobCompleted)

@@ -130,7 +130,7 @@ func (g *gateway) ledgerOf(requestID string) (events []Event) {
 func TestJobAnswersWhatASynchronousClientWouldHaveGot(t *testing.T) {
 	jobStores(t, func(t *testing.T, store string) {
 		up := startUpstream(t, answers(200, "application/json", completion))
-		g := startGateway(t, up.address(), jobSite(store, "rpm 10", ""))
+		g := startGateway(t, up.address(), jobSite(store, "rpd 10", ""))
 		want := g.post(chatBody)
 
 		r := g.post(asyncBody)
@@ -140,8 +140,8 @@ func TestJobAnswersWhatASynchronousClientWouldHaveGot(t *testing.T) {
 			time.Since(time.Unix(j.Created, 0)) > time.Minute || j.RequestID != r.Header.Get("X-Request-Id") {
 			t.Errorf("%s %s", path, r.body)
 		}
-		if left := r.Header.Get("X-Ratelimit-Remaining-Requests"); left != "8" {
-			t.Errorf("%s requests remain", left)
+		if limits := r.Header.Get("Ratelimit"); !strings.HasPrefix(limits, `"rpd";r=8;`) {
+			t.Errorf("RateLimit: %s", limits)
 		}
 		done := g.becomes(path, JobCompleted)
 		if string(done.Response) != string(want.body) || done.Error != nil {
@@ -222,7 +222,7 @@ func TestJobThatFailsHasTheErrorOfItsAnswer(t *testing.T) {
 
 func TestJobIsRefusedAsAnyRequestIs(t *testing.T) {
 	up := startUpstream(t, answers(200, "application/json", completion))
-	g := startGateway(t, up.address(), jobSite("store local $DIR/mesh.db", "rpm 1", ""))
+	g := startGateway(t, up.address(), jobSite("store local $DIR/mesh.db", "rpd 1", ""))
 	for body, want := range map[string]string{
 		`{"async_mode":true,"stream":true,"model":"test/plain","messages":[{"role":"user","content":"Hi"}]}`:  "async_mode",
 		`{"async_callback_url":"http://x/","model":"test/plain","messages":[{"role":"user","content":"Hi"}]}`: "async_callback_url",
@@ -248,7 +248,7 @@ func TestJobIsRefusedAsAnyRequestIs(t *testing.T) {
 func TestFullQueueLeavesNothingBehind(t *testing.T) {
 	jobStores(t, func(t *testing.T, store string) {
 		gate, up := startGate(t)
-		const key = "rpm 100\n\t\tmax_concurrency 4\n\t\tspend_cap_usd 0.05 hard" // a job reserves 0.01 or so
+		const key = "rpd 100\n\t\tmax_concurrency 4\n\t\tspend_cap_usd 0.05 hard" // a job reserves 0.01 or so
 		g := startGateway(t, up.address(), jobSite(store, key, "\tasync {\n\t\tworkers 1\n\t\tmax_pending 2\n\t}"))
 		body := strings.Replace(asyncBody, "{", `{"max_tokens":900,`, 1)
 		paths := []string{g.submit(body)}
@@ -266,8 +266,8 @@ func TestFullQueueLeavesNothingBehind(t *testing.T) {
 			g.becomes(path, JobCompleted)
 		}
 		last := g.post(asyncBody)
-		if left := last.Header.Get("X-Ratelimit-Remaining-Requests"); left != "96" {
-			t.Errorf("%s requests remain of 100, after 4", left)
+		if limits := last.Header.Get("Ratelimit"); !strings.HasPrefix(limits, `"rpd";r=96;`) {
+			t.Errorf("RateLimit after 4 of 100: %s", limits)
 		}
 		g.becomes(last.Header.Get("Location"), JobCompleted)
 	})

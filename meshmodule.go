@@ -116,10 +116,9 @@ type Handler struct {
 	pingEvery time.Duration
 	logger    *zap.Logger
 
-	async     asyncRules
-	serves    string // what its requests mean: see modelsDigest
-	queueless bool
-	jobs      *jobRunner // nil until it starts
+	async  asyncRules
+	serves string // what its requests mean: see modelsDigest
+	jobs   *jobRunner
 }
 
 // CaddyModule returns the Caddy module information.
@@ -138,6 +137,7 @@ func (h *Handler) Provision(ctx caddy.Context) error {
 		return err
 	}
 	h.async, h.serves = h.Async.rules(), h.modelsDigest()
+	h.jobs = newJobRunner(h)
 	if err := collectors.register(ctx.GetMetricsRegistry()); err != nil {
 		return fmt.Errorf("registering metrics: %w", err)
 	}
@@ -210,7 +210,7 @@ func (h *Handler) start() error {
 		zap.Int("upstreams", len(h.Upstreams)))
 	h.warnOfUnpriced()
 	h.warnOfDetached()
-	return h.startJobs()
+	return h.jobs.start()
 }
 
 // warnOfUnpriced says which spend caps can be passed because a model has no price.
