@@ -417,3 +417,15 @@ func TestAutoMayChooseBetweenWordsAndImages(t *testing.T) {
 		painter.Store(true)
 	}
 }
+
+func TestModelOfAJobIsChosenWhenItRuns(t *testing.T) {
+	g := startGateway(t, routed(t, saying("paid/small")).address(), site(autoBlock))
+	j := g.becomes(g.submit(autoBody(`,"async_mode":true`)), JobCompleted)
+	if !strings.Contains(fmt.Sprintf("%s", j.Response), `"x_resolved_model_id":"paid/small"`) {
+		t.Errorf("%s", j.Response)
+	}
+	events := g.ledger(2)
+	if sum := g.spent(events); sum != 4_500_000+58_000 {
+		t.Errorf("%s for %+v", sum, events)
+	}
+}

@@ -102,6 +102,13 @@ import (
 //			default    <model>
 //			max_tokens <number>
 //		}
+//		async {
+//			workers     <number>
+//			retention   <duration>
+//			max_pending <number>
+//			max_result  <size>
+//			queue       <name>
+//		}
 //		max_body_size <size>
 //		timeout       <duration>
 //		first_byte_timeout <duration>
@@ -137,6 +144,7 @@ func parseCaddyfile(helper httpcaddyfile.Helper) (caddyhttp.MiddlewareHandler, e
 		"templates":          {parse: func() error { return p.templateFiles(h) }, many: true},
 		"compare":            {parse: func() error { return p.compare(h) }},
 		"auto":               {parse: func() error { return p.auto(h) }},
+		"async":              {parse: func() error { return p.async(h) }},
 		"metrics":            {parse: func() error { return p.metrics(h) }},
 		"tracing":            {parse: func() error { return p.tracing(h) }},
 		"first_byte_timeout": {parse: func() error { return p.duration(&h.FirstByteTimeout) }},

@@ -20,6 +20,7 @@ type chatRequest struct {
 
 	model        string // as asked for; empty if the client left the choice to the gateway
 	stream       bool
+	async        bool     // it is to be a job
 	includeUsage bool     // the client asked for the usage frame
 	fallbacks    []string // models to ask after that, as the client wants it
 	sessionID    string
@@ -163,6 +164,7 @@ func (p *parser) object() {
 		p.tooFewMessages()
 	}
 	p.checkAudio()
+	p.refuseAsyncStream()
 	p.addMembers(kept, seen)
 	p.refuseTwins(seen, folded)
 }

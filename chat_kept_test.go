@@ -42,7 +42,7 @@ func expected(t *testing.T, body []byte, stream bool) (list []rawMember) {
 	hasModel, hasOptions := false, false
 	for _, m := range members(t, body) {
 		switch m.name {
-		case "session_id", "timeout", "cache", "template", "variables", "models", "transforms", "modality", "image", "async_mode":
+		case "session_id", "timeout", "cache", "template", "variables", "models", "transforms", "modality", "image", "async_mode", "async_callback_url":
 			continue
 		case "model":
 			hasModel = true

@@ -48,7 +48,8 @@ var chatMembers = []member{
 	}},
 	{name: "modality", gateway: true, check: func(p *parser) { p.req.image.modality = p.oneOf("text", kindImage) == kindImage }},
 	{name: "image", gateway: true, check: (*parser).image},
-	{name: "async_mode", gateway: true, check: func(p *parser) { on, _ := p.boolean(); p.unbuilt(on) }},
+	{name: "async_mode", gateway: true, check: func(p *parser) { p.req.async, _ = p.boolean() }},
+	{name: "async_callback_url", gateway: true, check: (*parser).callbackURL},
 }
 
 const (
@@ -96,11 +97,19 @@ func (p *parser) known(i int) {
 	}
 }
 
-// unbuilt refuses a member that is valid but that this version gives no meaning yet.
-func (p *parser) unbuilt(used bool) {
-	if used {
-		p.faultf("value_error", "Value error, this version of the gateway does not support it yet")
+// refuseAsyncStream refuses a job whose answer would be a stream: there is nobody to read it.
+func (p *parser) refuseAsyncStream() {
+	if p.req.async && p.req.stream {
+		p.at("async_mode").faultf("value_error", "Value error, async_mode cannot be used together with stream")
+		p.up()
 	}
+}
+
+// callbackURL refuses a URL that a job's result would be sent to: the gateway is not to be made to send requests into
+// its own network.
+func (p *parser) callbackURL() {
+	p.skip()
+	p.faultf("value_error", "Value error, results are not sent to URLs: ask for the job until it has ended")
 }
 
 func (p *parser) messages() {

@@ -33,7 +33,9 @@ func TestEveryMemberAcceptsWhatTheContractNames(t *testing.T) {
 		"models":      {`[]`},
 		"transforms":  {`[]`, `["middle-out"]`},
 		"image":       {`{}`, `{"n":null,"size":null,"style":null}`, `{"n":10,"size":"1x1","quality":"hd","response_format":"b64_json"}`},
-		"async_mode":  {`false`},
+		"async_mode":  {`false`, `true`},
+
+		"async_callback_url": {},
 
 		// not the gateway's: anything goes
 		"response_format": {`{"type":"json_object"}`, `5`}, "n": {`1`, `"x"`}, "max_completion_tokens": {`0`}, "metadata": {`[1]`},
@@ -165,7 +167,7 @@ func TestEveryMemberNamesWhatIsWrongWithIt(t *testing.T) {
 		{"image", `{"quality":5}`, "string_type %s.quality: " + notString},
 		{"image", `{"style":"vivid"}`, "extra_forbidden %s.style: Extra inputs are not permitted"},
 		{"async_mode", `1`, "bool_type %s: " + notBool},
-		{"async_mode", `true`, unbuiltMsg},
+		{"async_callback_url", `"http://10.0.0.1/"`, "value_error %s: Value error, results are not sent to URLs: ask for the job until it has ended"},
 	}
 	tested := map[string]bool{"messages": true, "n": true, "max_completion_tokens": true} // the upstream checks those two
 	for _, c := range cases {

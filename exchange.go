@@ -41,6 +41,7 @@ var (
 	requestEndpoint   = endpoint{get: (*exchange).getEvent}
 	standingEndpoint  = endpoint{get: (*exchange).getStanding}
 	templatesEndpoint = endpoint{get: (*exchange).listTemplates, post: (*exchange).createTemplate}
+	jobEndpoint       = endpoint{get: (*exchange).getJob, delete: (*exchange).cancelJob}
 	templateEndpoint  = endpoint{get: (*exchange).getTemplate, patch: (*exchange).updateTemplate, delete: (*exchange).deleteTemplate}
 )
 
@@ -53,6 +54,8 @@ func findEndpoint(path string) *endpoint {
 		return &compareEndpoint
 	case path == selectPath:
 		return &selectEndpoint
+	case strings.HasPrefix(path, jobsPath+"/"):
+		return &jobEndpoint
 	case path == modelsPath:
 		return &modelsEndpoint
 	case path == modelsPath+"/free":
@@ -143,6 +146,8 @@ type exchange struct {
 	gate    *gate // of a stream: keeps its client company until it begins
 	silent  bool  // it has no client that waits
 
+	expanded *JobRequest // of a job: its template and defaults are in the body
+
 	only [1]*answer // of the one candidate that is asked
 }
 
@@ -201,6 +206,9 @@ func (x *exchange) chat() *apiError {
 		return x.storeFailed(err)
 	}
 	defer x.h.releaseStore()
+	if req.async {
+		return x.submit(store, req, candidates)
+	}
 	if refusal := x.admit(store, req, candidates); refusal != nil {
 		return refusal
 	}

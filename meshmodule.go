@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"net/http"
+	"sync"
 	"time"
 
 	"github.com/caddyserver/caddy/v2"
@@ -31,7 +32,7 @@ const (
 )
 
 // Handler turns a site into an LLM gateway: clients send OpenAI's chat completions with a key of the gateway's, and
-// the upstream of the model they ask for answers them. It serves `/v1/chat/completions`, `/v1/chat/compare`, `/v1/router/select`, `/v1/templates`, `/v1/usage` and `/v1/models`; every
+// the upstream of the model they ask for answers them. It serves `/v1/chat/completions`, `/v1/chat/compare`, `/v1/chat/jobs`, `/v1/router/select`, `/v1/templates`, `/v1/usage` and `/v1/models`; every
 // other path, and OPTIONS, goes to the next handler.
 //
 // It sets these placeholders, which the access log shows as the object `mesh` as well:
@@ -98,6 +99,9 @@ type Handler struct {
 	// How the gateway chooses the model of requests for the model `auto`. Default: there is no such model.
 	Auto *Auto `json:"auto,omitempty"`
 
+	// How requests with `async_mode` become jobs. They do by default.
+	Async *Async `json:"async,omitempty"`
+
 	// Whether answers say in X-Mesh-Upstream which upstream served them. Default: false.
 	ExposeUpstream bool `json:"expose_upstream,omitempty"`
 
@@ -118,6 +122,9 @@ type Handler struct {
 	logger    *zap.Logger
 
 	keepAliveEvery time.Duration
+	async          asyncRules
+	serves         string // what its requests mean: see modelsDigest
+	jobs           *jobRunner
 }
 
 // CaddyModule returns the Caddy module information.
@@ -135,6 +142,8 @@ func (h *Handler) Provision(ctx caddy.Context) error {
 	if err := h.check(); err != nil {
 		return err
 	}
+	h.async, h.serves = h.Async.rules(), h.modelsDigest()
+	h.jobs = newJobRunner(h)
 	if err := collectors.register(ctx.GetMetricsRegistry()); err != nil {
 		return fmt.Errorf("registering metrics: %w", err)
 	}
@@ -209,7 +218,7 @@ func (h *Handler) start() error {
 		zap.Int("upstreams", len(h.Upstreams)))
 	h.warnOfUnpriced()
 	h.warnOfDetached()
-	return nil
+	return h.jobs.start()
 }
 
 // warnOfUnpriced says which spend caps can be passed because a model has no price.
@@ -226,6 +235,7 @@ func (h *Handler) warnOfUnpriced() {
 
 // Cleanup gives back what this configuration holds. Requests that are still under way keep the store open.
 func (h *Handler) Cleanup() error {
+	h.jobs.stop()
 	for _, u := range h.Upstreams {
 		u.leaveHealth()
 	}
@@ -314,6 +324,11 @@ func (h *Handler) check() error {
 			return &configError{part: h.Auto, err: err}
 		}
 	}
+	if h.Async != nil {
+		if err := h.Async.check(); err != nil {
+			return &configError{part: h.Async, err: err}
+		}
+	}
 	return h.checkKeys(table)
 }
 
@@ -383,6 +398,7 @@ func (a *App) starts(h *Handler) { a.handlers = append(a.handlers, h) }
 
 // Start opens the handlers' stores.
 func (a *App) Start() error {
+	a.settleQueues()
 	for _, h := range a.handlers {
 		if err := h.start(); err != nil {
 			return err
@@ -391,8 +407,14 @@ func (a *App) Start() error {
 	return nil
 }
 
-// Stop ends the events of this configuration. Each handler's Cleanup lets go of its store.
+// Stop ends the events of this configuration, and has its handlers begin no more jobs. Each handler's Cleanup lets go of
+// its store.
 func (a *App) Stop() error {
+	var stopping sync.WaitGroup
+	for _, h := range a.handlers {
+		stopping.Go(h.jobs.stop)
+	}
+	stopping.Wait()
 	notices.leave(a)
 	return nil
 }

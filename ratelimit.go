@@ -30,6 +30,9 @@ func (x *exchange) admit(store Store, req *chatRequest, candidates []candidate) 
 	if err != nil {
 		return x.storeFailed(err)
 	}
+	if verdict.Refused == LimitQueue {
+		return errQueueFull
+	}
 	limits.describe(verdict, x.w.Header())
 	x.noteCap(limits, verdict)
 	return limits.refusal(verdict, maxCost)

@@ -97,6 +97,13 @@ func requestsOfUser(t *testing.T, nodes []*redisServer, db int) {
 			t.Errorf("%s: %s %s", request[1], r.Status, r.body)
 		}
 	}
+	for _, end := range []JobStatus{JobCompleted, JobCancelled} {
+		path := g.submit(asyncBody)
+		if end == JobCancelled {
+			g.do(http.MethodDelete, path, "")
+		}
+		eventually(t, "the job ends", func() bool { return g.job(path).Status.ended() })
+	}
 	path := templatesPath + "/" + g.do(http.MethodPost, templatesPath, `{"name":"t","system":"x"}`).template(t, 201).ID
 	g.do(http.MethodPatch, path, `{"model":"test/x"}`).template(t, 200)
 	if r := g.do(http.MethodDelete, path, ""); r.StatusCode != http.StatusNoContent {
@@ -116,6 +123,7 @@ func requestsOfUser(t *testing.T, nodes []*redisServer, db int) {
 	if _, err := s.TemplateScopes(t.Context()); err != nil {
 		t.Error(err)
 	}
+	runsJobs(t, s)
 	id := newRequestID()
 	admitRedis(t, dying, Admission{KeyID: "lost", RequestID: id, Limits: Limits{TPM: 5, MaxConcurrency: 5}, Pending: Event{Model: "m", Cost: 1}})
 	ledger := func() string {
@@ -137,6 +145,39 @@ func requestsOfUser(t *testing.T, nodes []*redisServer, db int) {
 		return strings.Contains(ledger(), `"completed"`) && !strings.Contains(ledger(), `"outcome":"lost"`)
 	})
 	settledAll(t, s)
+}
+
+// runsJobs has happen to jobs what no request of a healthy gateway brings about.
+func runsJobs(t *testing.T, user *redisStore) {
+	for range 2 {
+		j, a := newTestJob(Limits{}, 0)
+		submitJob(t, user, j, a)
+	}
+	run := takeJob(t, user, "q")
+	user.KeepJobs(t.Context(), "q", []*JobRun{run})
+	if err := user.ReturnJob(t.Context(), run); err != nil {
+		t.Error(err)
+	}
+	lease, wait := jobLease, maxJobWait
+	t.Cleanup(func() { jobLease, maxJobWait = lease, wait })
+	takeJob(t, user, "q")
+	jobLease, maxJobWait = 0, 0
+	if claimed, err := user.claimJob("q"); claimed == nil || err != nil {
+		t.Errorf("%v, %v", claimed, err)
+	}
+	if err := user.SweepJobs(t.Context(), "q"); err != nil {
+		t.Error(err)
+	}
+	place, _ := newTestJob(Limits{}, 0)
+	if _, err := user.jobScript(0, "reserve", "q", place.ID, place.ID, 100); err != nil {
+		t.Error(err)
+	}
+	if gone, err := user.withdrawJob(place); !gone || err != nil {
+		t.Errorf("%t, %v", gone, err)
+	}
+	if err := user.leavePlace("q", place.ID); err != nil {
+		t.Error(err)
+	}
 }
 
 // managesKeys has a user do all that can be done to keys, also to those that an administrator writes.

@@ -70,7 +70,7 @@ var (
 
 // admitWithout decides without Redis.
 func (s *redisStore) admitWithout(a Admission, cause error) (Verdict, error) {
-	if s.refuse {
+	if s.refuse || a.Job != nil {
 		return Verdict{}, cause
 	}
 	account := s.accounts.of(a.KeyID)
@@ -155,7 +155,11 @@ func (s *redisStore) pendingEntry(a Admission) (string, error) {
 	if err != nil {
 		return "", fmt.Errorf("encoding pending entry: %w", err)
 	}
-	return s.instance + " " + string(encoded), nil
+	holder := s.instance
+	if a.Job != nil {
+		holder = a.Job.holder()
+	}
+	return holder + " " + string(encoded), nil
 }
 
 // readVerdict reads what the script returned, and has this instance's own account go on from there should Redis fail.
@@ -226,7 +230,7 @@ func (s *redisStore) remember(a Admission, admitted bool, b balance, now time.Ti
 	account.reserved.release(a.RequestID)
 	spend, _ = b.spent(now, a.Limits.SpendPeriod)
 	fits = a.Limits.exhausted(use{spend: spend, claimed: account.reserved.sum.plus(a.MaxCost)}) == ""
-	if admitted && fits {
+	if admitted && fits && a.Job == nil {
 		account.begin(a, true)
 	}
 	return spend, fits

@@ -202,6 +202,16 @@ func TestEveryKeyInRedisHasATTLAndItsKeysTag(t *testing.T) {
 		t.Fatal(err)
 	}
 	admitRedis(t, s, Admission{KeyID: "abc", RequestID: "req_" + ulid.Make().String()})
+	for range 3 {
+		j, a := newTestJob(Limits{}, 0)
+		submitJob(t, s, j, a)
+	}
+	run := takeJob(t, s, "q")
+	if err := s.FinishJob(t.Context(), run, endOf(run, "{}", 1)); err != nil {
+		t.Fatal(err)
+	}
+	takeJob(t, s, "q")
+	settledAll(t, s)
 	names := server.client().Keys(t.Context(), "*").Val()
 	for _, name := range names {
 		if name == "mesh:id" {
@@ -211,11 +221,11 @@ func TestEveryKeyInRedisHasATTLAndItsKeysTag(t *testing.T) {
 			t.Errorf("%s has no TTL", name)
 		}
 		shared := name == "mesh:keyids" || name == "mesh:reaper" || name == "mesh:usagekeys" || strings.HasPrefix(name, "mesh:instance:")
-		if !shared && !strings.HasPrefix(name, "mesh:{abc}:") {
+		if !shared && !strings.HasPrefix(name, "mesh:{abc}:") && !strings.HasPrefix(name, "mesh:{jobs:q}:") {
 			t.Errorf("%s has not the tag of its key", name)
 		}
 	}
-	if len(names) != 14 {
+	if len(names) != 22 {
 		t.Errorf("%d keys: %v", len(names), names)
 	}
 }

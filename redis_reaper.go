@@ -141,6 +141,13 @@ func (s *redisStore) reapRequest(ctx context.Context, keyID, requestID, entry st
 		return s.dropDamaged(ctx, keyID, requestID, entry)
 	}
 	isDead, err := s.isDead(ctx, instance, alive, dead)
+	if _, isJob := s.lifeSign(instance); isJob {
+		if err == nil && isDead {
+			delete(dead, instance)
+			err = s.voidJob(ctx, &e)
+		}
+		return err
+	}
 	if err != nil || !isDead && !tooOld(requestID, s.now()) {
 		return err
 	}
@@ -154,6 +161,15 @@ func (s *redisStore) reapRequest(ctx context.Context, keyID, requestID, entry st
 			zap.String("request_id", requestID), zap.String("key_id", e.KeyID),
 			zap.String("cost_usd", e.Cost.String()), zap.String("max_cost_usd", e.MaxCost.String()))
 	}
+	return err
+}
+
+// voidJob undoes the admission of a job that is nowhere: its gateway died before it was in the queue.
+func (s *redisStore) voidJob(ctx context.Context, e *Event) error {
+	one := settlement{Kind: settleVoid, Event: *e}
+	_, err := reaping(ctx, func(ctx context.Context) (any, error) {
+		return s.settles.run(ctx, s, s.settleKeys(e), s.settleArgs(&one)...)
+	})
 	return err
 }
 
@@ -187,8 +203,9 @@ func (s *redisStore) isDead(ctx context.Context, instance string, alive map[stri
 		return false, nil
 	}
 	since, known := dead[instance]
+	sign, _ := s.lifeSign(instance)
 	shows, err := reaping(ctx, func(ctx context.Context) (int64, error) {
-		return s.client.Exists(ctx, s.shared("instance:"+instance)).Result()
+		return s.client.Exists(ctx, sign).Result()
 	})
 	switch {
 	case err != nil && err != redis.Nil:

@@ -70,6 +70,7 @@ type Admission struct {
 	Uncounted bool          // it is part of a request that was counted, and takes no place of its own under MaxConcurrency
 	Keeps     bool          // it keeps its place under MaxConcurrency when it is settled, until Leave
 	Pending   Event         // what a store that several gateways share charges if this one dies before it settles the request
+	Job       *Job          // that the request is; it belongs to no instance
 }
 
 // Limits are what a key may use. Zero values mean no limit.
@@ -103,6 +104,7 @@ const (
 	LimitRPM         Limit = "rpm"
 	LimitTPM         Limit = "tpm"
 	LimitConcurrency Limit = "concurrency"
+	LimitQueue       Limit = "queue" // of jobs; it is no key's
 )
 
 // Verdict is the answer to an Admission, and where the key stands after it.

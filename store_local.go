@@ -97,6 +97,7 @@ type localStore struct {
 	accounts  sync.Map // key id → *account
 	recent    recentIDs
 	templates localTemplates
+	jobs      localJobs
 	unsaved   atomic.Int64 // events that are in memory and not in the database
 	lost      atomic.Int64 // events that were charged but not entered, because there were too many unsaved
 
@@ -157,7 +158,7 @@ func (s *localStore) open() (err error) {
 		})
 	}
 	if err == nil {
-		err = errors.Join(s.keys.load(s.database), s.loadTemplates())
+		err = errors.Join(s.keys.load(s.database), s.loadTemplates(), s.loadJobs())
 	}
 	if err != nil {
 		return errors.Join(err, s.database.bolt.Close())

@@ -328,6 +328,7 @@ type redisStore struct {
 	journal   *redisJournal
 	keys      *keyCache
 	templates redisTemplates
+	jobs      redisJobs
 	labels    map[string]toldLabel // those that Redis has been told of; is the writer's
 	settled   recentlySettled
 	writer    redisWriter
@@ -354,6 +355,7 @@ func newRedisStore(options redis.UniversalOptions, config redisConfig) *redisSto
 		admits:      newRedisScript("admit", admitLua),
 		settles:     newRedisScript("settle", settleLua),
 		beats:       newRedisScript("heartbeat", heartbeatLua),
+		jobs:        newRedisJobs(options),
 		now:         time.Now,
 		logger:      logger,
 
@@ -385,13 +387,13 @@ func (s *redisStore) failureMode() string {
 // open finds out whether Redis is there. It waits for that no longer than a request would.
 func (s *redisStore) open() (err error) {
 	if s.journal, err = openRedisJournal(s.redisConfig.journal, s.identity); err != nil {
-		return errors.Join(fmt.Errorf("journal %s: %w", s.redisConfig.journal, err), s.client.Close())
+		return errors.Join(fmt.Errorf("journal %s: %w", s.redisConfig.journal, err), s.client.Close(), s.jobs.client.Close())
 	}
 	s.journal.logger = s.logger
 	s.breaker.logger = s.logger
 	s.tellBreaker()
 	if err := s.beat(context.Background()); isRefusedCredentials(err) {
-		return errors.Join(err, s.journal.close(), s.client.Close())
+		return errors.Join(err, s.journal.close(), s.client.Close(), s.jobs.client.Close())
 	} else if err != nil {
 		s.breaker.trip("", err)
 	} else {
@@ -440,7 +442,7 @@ func (s *redisStore) Destruct() error {
 	<-s.reaped
 	<-s.written
 	<-s.beaten
-	return errors.Join(s.journal.close(), s.client.Close())
+	return errors.Join(s.journal.close(), s.client.Close(), s.jobs.client.Close())
 }
 
 // key returns the name of something of one key's. All of a key's data is in one slot of a Cluster.

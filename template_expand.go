@@ -12,6 +12,10 @@ import (
 
 // expand adds to a request what its template brings, and the parameters that its key or the template has by default.
 func (x *exchange) expand(req *chatRequest) *apiError {
+	if x.expanded != nil {
+		req.templateModel = x.expanded.TemplateModel
+		return nil
+	}
 	if req.template == "" && len(x.key.DefaultParams) == 0 {
 		return nil
 	}

@@ -60,7 +60,6 @@ const (
 	atLeast    = "greater_than_equal %s: Input should be greater than or equal to "
 	atMost     = "less_than_equal %s: Input should be less than or equal to "
 	above      = "greater_than %s: Input should be greater than "
-	unbuiltMsg = "value_error %s: Value error, this version of the gateway does not support it yet"
 	twiceMsg   = "value_error %s: Value error, the member is given twice"
 	twinMsg    = "value_error %s: Value error, the member is given again in another letter case"
 )

@@ -1,0 +1,245 @@
+package mesh
+
+import (
+	"context"
+	"errors"
+	"slices"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/caddyserver/caddy/v2"
+	"go.uber.org/zap"
+)
+
+const (
+	jobRetry = time.Second     // after a store that could not take the end of a job
+	haltTime = 5 * time.Second // for what is on its way when the configuration or the process ends
+)
+
+// jobRunner is a handler's pool of workers. It holds the store until its last job has ended, which may be after the end
+// of its configuration: what runs is left alone by a reload, and what waits is for the next configuration's.
+type jobRunner struct {
+	h     *Handler
+	store JobStore // nil where it has not been started, or the store keeps no jobs
+	queue string
+
+	queueless atomic.Bool // it is not to run any: see (*App).settleQueues
+
+	halting context.Context // ends when the configuration does
+	halt    context.CancelFunc
+	idle    chan struct{} // is closed when the last job has ended, and none will begin
+	ended   chan struct{} // is closed when all has ended
+	stopped sync.Once
+
+	mu   sync.Mutex
+	runs []*JobRun
+}
+
+func newJobRunner(h *Handler) *jobRunner {
+	r := &jobRunner{h: h, queue: h.async.queue, idle: make(chan struct{}), ended: make(chan struct{})}
+	r.halting, r.halt = context.WithCancel(context.Background())
+	return r
+}
+
+// start starts the workers.
+func (r *jobRunner) start() error {
+	store, err := r.h.store.acquire()
+	if err != nil {
+		return err
+	}
+	jobs, ok := store.(JobStore)
+	if !ok {
+		r.h.releaseStore()
+		return nil
+	}
+	r.store = jobs
+	go r.live()
+	return nil
+}
+
+// live ends with the last job after the end of the configuration.
+func (r *jobRunner) live() {
+	defer close(r.ended)
+	defer r.h.releaseStore()
+	var tending sync.WaitGroup
+	tending.Go(r.take)
+	tending.Go(r.tend)
+	tending.Go(r.sweep)
+	tending.Wait()
+}
+
+// stop has no further jobs begin. Those that run go on, unless the process ends: then they are stopped, and wait again.
+func (r *jobRunner) stop() {
+	if r != nil { // which it is where the configuration was wrong
+		r.stopped.Do(r.stopOnce)
+	}
+}
+
+func (r *jobRunner) stopOnce() {
+	r.halt()
+	if r.store == nil {
+		return
+	}
+	if caddy.Exiting() {
+		r.haltAll()
+	} else if r.busy() {
+		return
+	}
+	select {
+	case <-r.ended:
+	case <-time.After(haltTime): // whoever is started next finds what is left
+	}
+}
+
+func (r *jobRunner) haltAll() {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	for _, run := range r.runs {
+		run.stop(errJobHalted)
+	}
+}
+
+func (r *jobRunner) busy() bool {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return len(r.runs) > 0
+}
+
+// cancel stops a job that was cancelled, if it runs here. Else whoever runs it hears of it from the store.
+func (r *jobRunner) cancel(id string) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	for _, run := range r.runs {
+		if run.Job.ID == id {
+			run.stop(errJobCancelled)
+		}
+	}
+}
+
+// take runs jobs as they come, as many at a time as there are workers.
+func (r *jobRunner) take() {
+	defer close(r.idle)
+	if r.queueless.Load() {
+		return
+	}
+	var workers sync.WaitGroup
+	for range r.h.async.workers {
+		workers.Go(r.worker)
+	}
+	workers.Wait()
+}
+
+func (r *jobRunner) worker() {
+	for {
+		run, err := r.store.TakeJob(r.halting, r.queue)
+		if err != nil {
+			return
+		}
+		r.add(run)
+		r.work(run)
+		r.remove(run)
+	}
+}
+
+func (r *jobRunner) add(run *JobRun) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.runs = append(r.runs, run)
+}
+
+func (r *jobRunner) remove(run *JobRun) {
+	run.stop(nil)
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.runs = slices.DeleteFunc(r.runs, func(other *JobRun) bool { return other == run })
+}
+
+// tend keeps the jobs that run this instance's.
+func (r *jobRunner) tend() {
+	ticker := time.NewTicker(jobBeat)
+	defer ticker.Stop()
+	for {
+		select {
+		case <-ticker.C:
+		case <-r.idle:
+			return
+		}
+		r.mu.Lock()
+		runs := slices.Clone(r.runs)
+		r.mu.Unlock()
+		if len(runs) > 0 {
+			r.store.KeepJobs(context.Background(), r.queue, runs)
+		}
+	}
+}
+
+// sweep removes what is past its time.
+func (r *jobRunner) sweep() {
+	ticker := time.NewTicker(jobSweep)
+	defer ticker.Stop()
+	sweeping := trouble{message: "jobs that are past their time cannot be removed"}
+	for {
+		select {
+		case <-ticker.C:
+		case <-r.halting.Done():
+			return
+		}
+		err := r.store.SweepJobs(r.halting, r.queue)
+		if r.halting.Err() != nil {
+			return
+		}
+		if errors.Is(err, errUnavailable) { // of which the store itself speaks
+			err = nil
+		}
+		sweeping.note(r.h.logger, err)
+	}
+}
+
+// work runs a job, and has the store know how it ended.
+func (r *jobRunner) work(run *JobRun) {
+	if r.halting.Err() != nil && caddy.Exiting() {
+		run.stop(errJobHalted) // it was taken while all were stopped
+	}
+	call, end := r.h.runJob(r.store, run)
+	cause := context.Cause(run.ctx)
+	if end.Event.Outcome == OutcomeClientGone && cause == errJobHalted {
+		if err := r.store.ReturnJob(context.Background(), run); err != nil {
+			r.log(run, "a job that was stopped could not be given back; it is run again after a while", err)
+		}
+		return
+	}
+	if cause == errJobCancelled {
+		end.Status, end.Response, end.Error = JobCancelled, nil, nil
+	}
+	if r.finish(run, end) {
+		call.count()
+	}
+}
+
+// finish records the end of a job, and reports whether it is this one that counts. It tries for as long as the job may be
+// this run's.
+func (r *jobRunner) finish(run *JobRun, end JobEnd) bool {
+	failing := false
+	for {
+		err := r.store.FinishJob(context.Background(), run, end)
+		switch {
+		case err == nil:
+			return true
+		case errors.Is(err, errJobLost):
+			r.log(run, "a job has been run by another as well; its end here does not count", err)
+			return false
+		case !failing:
+			failing = true
+			r.log(run, "the end of a job cannot be recorded yet", err)
+		}
+		if caddy.Exiting() {
+			return false // it is run again
+		}
+		time.Sleep(jobRetry)
+	}
+}
+
+func (r *jobRunner) log(run *JobRun, message string, err error) {
+	r.h.logger.Warn(message, zap.String("job", run.Job.ID), zap.String("request_id", run.Job.RequestID), zap.Error(err))
+}
