@@ -421,7 +421,7 @@ func TestAutoMayChooseBetweenWordsAndImages(t *testing.T) {
 func TestModelOfAJobIsChosenWhenItRuns(t *testing.T) {
 	g := startGateway(t, routed(t, saying("paid/small")).address(), site(autoBlock))
 	j := g.becomes(g.submit(autoBody(`,"async_mode":true`)), JobCompleted)
-	if !strings.Contains(fmt.Sprintf("%s", j.Response), `"x_resolved_model_id":"paid/small"`) {
+	if !strings.Contains(string(j.Response), `"x_resolved_model_id":"paid/small"`) {
 		t.Errorf("%s", j.Response)
 	}
 	events := g.ledger(2)
