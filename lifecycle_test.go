@@ -1,6 +1,7 @@
 package mesh
 
 import (
+	"bytes"
 	"fmt"
 	"io"
 	"net/http"
@@ -126,15 +127,16 @@ func TestReloadsLeaveNothingBehind(t *testing.T) {
 func (p *process) reloadByAdmin(caddyfile string) {
 	p.t.Helper()
 	p.write(caddyfile)
-	file, err := os.Open(p.path("Caddyfile"))
+	config, err := os.ReadFile(p.path("Caddyfile"))
 	if err != nil {
 		p.t.Fatal(err)
 	}
-	defer file.Close()
-	resp, err := p.admin.Post("http://127.0.0.1/load", "text/caddyfile", file)
-	if err != nil {
-		p.t.Fatal(err)
-	}
+	var resp *http.Response
+	// the endpoint of the configuration before may take the connection, and close it
+	eventually(p.t, "the admin endpoint takes a configuration", func() bool {
+		resp, err = p.admin.Post("http://127.0.0.1/load", "text/caddyfile", bytes.NewReader(config))
+		return err == nil
+	})
 	defer resp.Body.Close()
 	if body, _ := io.ReadAll(resp.Body); resp.StatusCode != http.StatusOK {
 		p.t.Fatalf("reload: %s %s", resp.Status, body)
