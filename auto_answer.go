@@ -2,9 +2,11 @@ package mesh
 
 // mark adds to an answer how its model was chosen. said is what the answer says of itself.
 func (a *autoRoute) mark(body []byte, said said) []byte {
-	o := objectWriter{buf: append(make([]byte, 0, len(body)+512), body[:said.closing]...)}
+	var o objectWriter
 	if said.hasUsage {
 		o.buf = append(a.markUsage(body, said), body[said.usageEnd:said.closing]...)
+	} else {
+		o.buf = append(make([]byte, 0, len(body)+256), body[:said.closing]...)
 	}
 	o.name("x_auto_routed")
 	o.buf = append(o.buf, "true"...)

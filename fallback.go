@@ -13,14 +13,20 @@ const maxFallbackModels = 10
 
 // fallbackModels reads the models that a client wants to be asked after its own.
 func (p *parser) fallbackModels() {
+	p.req.fallbacks = p.modelNames(maxFallbackModels)
+}
+
+// modelNames reads a list of up to most names.
+func (p *parser) modelNames(most int) (names []string) {
 	n := p.list(func(p *parser) {
-		if name, ok := p.text(); ok && len(p.req.fallbacks) < maxFallbackModels {
-			p.req.fallbacks = append(p.req.fallbacks, string(name))
+		if name, ok := p.text(); ok && len(names) < most {
+			names = append(names, string(name))
 		}
 	})
-	if n > maxFallbackModels {
-		p.faultf("too_long", fmt.Sprintf("List should have at most %d items after validation, not %d", maxFallbackModels, n))
+	if n > most {
+		p.faultf("too_long", fmt.Sprintf("List should have at most %d items after validation, not %d", most, n))
 	}
+	return names
 }
 
 // fallbackModel is a model that is asked after another.

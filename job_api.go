@@ -1,6 +1,7 @@
 package mesh
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"net/http"
@@ -99,12 +100,8 @@ func (r *chatRequest) expanded() []byte {
 			added = append(added, e)
 		}
 	}
-	parts, size := r.cut(added, "")
-	body := make([]byte, 0, size)
-	for _, part := range parts {
-		body = append(body, part...)
-	}
-	return body
+	parts, _ := r.cut(added, "")
+	return bytes.Join(parts, nil)
 }
 
 // getJob serves GET /v1/chat/jobs/{id}.

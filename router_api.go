@@ -4,7 +4,6 @@ import (
 	"cmp"
 	"net/http"
 	"slices"
-	"strconv"
 )
 
 const selectPath = "/v1/router/select"
@@ -35,9 +34,9 @@ func parseSelect(body []byte) (*selectRequest, *apiError) {
 			case 1:
 				p.text() // every model here has the same
 			case 2:
-				req.models = p.modelNames()
+				req.models = p.modelNames(maxSelectable)
 			case 3:
-				req.excluded = p.modelNames()
+				req.excluded = p.modelNames(maxSelectable)
 			}
 		})
 	})
@@ -52,19 +51,6 @@ func parseSelect(body []byte) (*selectRequest, *apiError) {
 		return nil, validationError(p.faults)
 	}
 	return req, nil
-}
-
-// modelNames reads a list of names.
-func (p *parser) modelNames() (names []string) {
-	n := p.list(func(p *parser) {
-		if name, ok := p.text(); ok && len(names) < maxSelectable {
-			names = append(names, string(name))
-		}
-	})
-	if n > maxSelectable {
-		p.faultf("too_long", "List should have at most "+strconv.Itoa(maxSelectable)+" items after validation, not "+strconv.Itoa(n))
-	}
-	return names
 }
 
 // selection is the answer of /v1/router/select.

@@ -174,19 +174,7 @@ func TestSDKMakesImages(t *testing.T) {
 
 // TestSDKMakesImagesWithTheDemoModel has no upstream but the model that comes with cmd/caddy.
 func TestSDKMakesImagesWithTheDemoModel(t *testing.T) {
-	p := startProcess(t, "", `http://$ADDRESS {
-	mesh {
-		store local $DIR/mesh.db
-		key `+testKey+`
-		upstream demo {
-			handle {
-				demo_model 0
-			}
-		}
-		model demo/* demo
-	}
-}
-`)
+	p := startProcess(t, "", demoSite)
 	params := asking("demo/painter", openai.UserMessage("An otter"))
 	params.SetExtraFields(map[string]any{"modality": "image", "image": map[string]any{"n": 3}})
 	client := newSDK(p.url, testKey)

@@ -121,12 +121,11 @@ func structured(name string, schema any) openai.ChatCompletionNewParamsResponseF
 	}}
 }
 
-// TestSDKTalksToTheDemoModel has no upstream but the model that comes with cmd/caddy.
-func TestSDKTalksToTheDemoModel(t *testing.T) {
-	p := startProcess(t, "", `http://$ADDRESS {
+// demoSite has no upstream but the model that comes with cmd/caddy.
+const demoSite = `http://$ADDRESS {
 	mesh {
 		store local $DIR/mesh.db
-		key `+testKey+`
+		key ` + testKey + `
 		upstream demo {
 			handle {
 				demo_model 0
@@ -135,7 +134,11 @@ func TestSDKTalksToTheDemoModel(t *testing.T) {
 		model demo/* demo
 	}
 }
-`)
+`
+
+// TestSDKTalksToTheDemoModel has no upstream but the model that comes with cmd/caddy.
+func TestSDKTalksToTheDemoModel(t *testing.T) {
+	p := startProcess(t, "", demoSite)
 	client := newSDK(p.url, testKey)
 	params := asking("demo/parrot", openai.UserMessage("Guten Tag"))
 	whole, err := client.Chat.Completions.New(t.Context(), params)
