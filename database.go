@@ -150,6 +150,8 @@ func guard(f func() error) (err error) {
 	return f()
 }
 
+var errBucketMissing = errors.New("it is damaged: a bucket is missing")
+
 func checkFormat(tx *bbolt.Tx) error {
 	mesh := tx.Bucket(bucketMesh)
 	if mesh == nil {
@@ -162,9 +164,17 @@ func checkFormat(tx *bbolt.Tx) error {
 		return fmt.Errorf("it has format %d, and this version of mesh reads format %d", format, databaseFormat)
 	}
 	if tx.Bucket(bucketAccounts) == nil || tx.Bucket(bucketLedger) == nil {
-		return errors.New("it is damaged: a bucket is missing")
+		return errBucketMissing
 	}
-	return nil
+	if tx.Bucket(bucketJobs) == nil { // it is from before there were jobs
+		return nil
+	}
+	return jobBucketsOf(tx).each(func(_ string, bucket **bbolt.Bucket) error {
+		if *bucket == nil {
+			return errBucketMissing
+		}
+		return nil
+	})
 }
 
 // begin reads what the file says about itself, after writing it where the file is new.

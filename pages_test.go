@@ -64,20 +64,20 @@ func TestFlippedPageIsRefusedAndLeftAlone(t *testing.T) {
 func TestMisplacedPageIsRefused(t *testing.T) {
 	whole, size := filledDatabase(t), os.Getpagesize()
 	var branch int
-	var leaves []int
 	for _, id := range usedPages(t, whole) {
-		switch p := page(whole[id*size:]); {
-		case p.flags() == branchPage && p.count() > 5:
+		if p := page(whole[id*size:]); p.flags() == branchPage && p.count() > 5 {
 			branch = id
-		case p.flags() == leafPage && p.count() > 1:
-			leaves = append(leaves, id)
 		}
 	}
-	if branch == 0 || len(leaves) < 5 {
-		t.Fatalf("branch %d, leaves %v", branch, leaves)
+	if branch == 0 {
+		t.Fatal("no branch has more than five pages")
 	}
 	child := func(content []byte, i int) []byte {
 		return content[branch*size+pageHeaderSize+i*entryHeaderSize+8:]
+	}
+	var leaves []int // of one bucket, in the order of their keys
+	for i := range 3 {
+		leaves = append(leaves, int(native.Uint64(child(whole, i))))
 	}
 	for _, tc := range []struct {
 		name, want string
@@ -103,6 +103,30 @@ func TestMisplacedPageIsRefused(t *testing.T) {
 			wantRefused(t, content, tc.want)
 		})
 	}
+}
+
+func TestPageOfAnotherBucketIsRefused(t *testing.T) {
+	whole, size := filledDatabase(t), os.Getpagesize()
+	var jobs, other int
+	for _, id := range usedPages(t, whole) {
+		p := page(whole[id*size:])
+		if p.flags() != leafPage {
+			continue
+		}
+		if _, position, length, _, rest, err := p.entry(0); err != nil {
+			t.Fatal(err)
+		} else if string(rest[position:position+length]) == "bodies" {
+			jobs = id
+		} else if bytes.HasPrefix(rest[position:], []byte("req_")) {
+			other = id
+		}
+	}
+	if jobs == 0 || other == 0 {
+		t.Fatalf("jobs %d, other %d", jobs, other)
+	}
+	content := bytes.Clone(whole)
+	copy(content[jobs*size+8:], whole[other*size+8:(other+1)*size])
+	wantRefused(t, content, "a bucket is missing")
 }
 
 func TestWrongListOfFreePagesIsRefused(t *testing.T) {
