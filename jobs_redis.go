@@ -281,8 +281,7 @@ func (s *redisStore) settleJob(j *Job, e Event) {
 	s.Settle(e)
 	ctx, cancel := s.jobContext(0)
 	defer cancel()
-	one := settlement{Kind: settleEvent, Event: e}
-	_, err := s.settles.run(ctx, s, s.settleKeys(&e), s.settleArgs(&one)...)
+	_, err := s.enterOne(ctx, settlement{Kind: settleEvent, Event: e})
 	if err != nil && !isScriptFault(err) { // of which the writer speaks
 		return
 	}

@@ -230,7 +230,7 @@ func TestEveryKeyInRedisHasATTLAndItsKeysTag(t *testing.T) {
 	}
 }
 
-// TestRequestCostsTwoCommands counts with MONITOR, which shows what scripts do inside as well, marked.
+// TestRequestCostsTwoCommands, or less where several are settled together, counts with MONITOR, which shows what scripts do inside as well, marked.
 func TestRequestCostsTwoCommands(t *testing.T) {
 	const n = 200
 	server := startRedis(t)
@@ -268,7 +268,7 @@ func TestRequestCostsTwoCommands(t *testing.T) {
 	if lines.Err() != nil {
 		t.Fatal(lines.Err())
 	}
-	if seen[`"evalsha"`] != 2*n || len(seen) != 1 {
+	if seen[`"evalsha"`] <= n || seen[`"evalsha"`] > 2*n || len(seen) != 1 {
 		t.Errorf("%d requests cost %v", n, seen)
 	}
 	for _, name := range []string{"set-info", "client"} {

@@ -153,10 +153,8 @@ func (s *redisStore) reapRequest(ctx context.Context, keyID, requestID, entry st
 	}
 	e.Time, e.Outcome, e.Estimated = s.now().UTC(), OutcomeLost, true
 	one := settlement{Kind: settleLost, Event: e}
-	entered, err := reaping(ctx, func(ctx context.Context) (any, error) {
-		return s.settles.run(ctx, s, s.settleKeys(&e), s.settleArgs(&one)...)
-	})
-	if err == nil && entered == int64(1) {
+	entered, err := reaping(ctx, func(ctx context.Context) (int64, error) { return s.enterOne(ctx, one) })
+	if err == nil && entered == 1 {
 		s.logger.Warn("charged by estimate for a request whose gateway died",
 			zap.String("request_id", requestID), zap.String("key_id", e.KeyID),
 			zap.String("cost_usd", e.Cost.String()), zap.String("max_cost_usd", e.MaxCost.String()))
@@ -167,9 +165,7 @@ func (s *redisStore) reapRequest(ctx context.Context, keyID, requestID, entry st
 // voidJob undoes the admission of a job that is nowhere: its gateway died before it was in the queue.
 func (s *redisStore) voidJob(ctx context.Context, e *Event) error {
 	one := settlement{Kind: settleVoid, Event: *e}
-	_, err := reaping(ctx, func(ctx context.Context) (any, error) {
-		return s.settles.run(ctx, s, s.settleKeys(e), s.settleArgs(&one)...)
-	})
+	_, err := reaping(ctx, func(ctx context.Context) (int64, error) { return s.enterOne(ctx, one) })
 	return err
 }
 
@@ -186,9 +182,7 @@ func parsePending(entry string) (instance string, e Event, ok bool) {
 // dropDamaged deletes a pending entry that nothing can be made of. Its request can still be settled.
 func (s *redisStore) dropDamaged(ctx context.Context, keyID, requestID, entry string) error {
 	one := settlement{Kind: settleDrop, Event: Event{KeyID: keyID, RequestID: requestID}}
-	_, err := reaping(ctx, func(ctx context.Context) (any, error) {
-		return s.settles.run(ctx, s, s.settleKeys(&one.Event), s.settleArgs(&one)...)
-	})
+	_, err := reaping(ctx, func(ctx context.Context) (int64, error) { return s.enterOne(ctx, one) })
 	if err == nil {
 		s.logger.Error("damaged pending entry, deleted; if the request's gateway died, nothing was charged for it",
 			zap.String("request_id", requestID), zap.String("key_id", keyID), zap.String("entry", entry))

@@ -115,7 +115,8 @@ func isScriptFault(err error) bool {
 	}
 	said := err.Error()
 	return strings.Contains(said, "WRONGTYPE ") || // a field of another kind; what Lua says of a value of another kind
-		strings.Contains(said, "is not an integer") || strings.Contains(said, "user_script:") && strings.Contains(said, "attempt to ")
+		strings.Contains(said, "is not an integer") || strings.Contains(said, "user_script:") && strings.Contains(said, "attempt to ") ||
+		strings.Contains(said, "data format in input") || strings.Contains(said, "Missing bytes in input") // cmsgpack's words
 }
 
 // isGeneral reports whether an answer is an error of no particular kind.

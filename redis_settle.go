@@ -125,67 +125,134 @@ const (
 // What the script returns that is not simply done.
 const enteredOrNot = int64(3) // it cannot be told any more
 
+// maxSettleRun is how many settlements one run of the script enters. Redis serves nobody else meanwhile.
+const maxSettleRun = 32
+
+// settleRun is what one run of the script enters: settlements of one key, whose requests began on one day, by their places
+// in a batch.
+type settleRun struct {
+	keyID, day string
+	at         []int
+}
+
+// divide divides a batch into runs, and keeps the order of each key.
+func divide(batch []settlement) (runs []*settleRun) {
+	newest := make(map[string]*settleRun) // of each key
+	for i := range batch {
+		e := &batch[i].Event
+		day := dayOfRequest(e.RequestID)
+		run := newest[e.KeyID]
+		if run == nil || run.day != day || len(run.at) == maxSettleRun {
+			run = &settleRun{keyID: e.KeyID, day: day}
+			newest[e.KeyID] = run
+			runs = append(runs, run)
+		}
+		run.at = append(run.at, i)
+	}
+	return runs
+}
+
 // enter enters a batch with one pipeline, and returns the fate of each. What Redis can never take is set aside.
 func (s *redisStore) enter(batch []settlement) []fate {
 	ctx, cancel := context.WithTimeout(context.Background(), max(settleTimeout, s.timeout))
 	defer cancel()
-	commands := s.pipeline(ctx, batch, s.settles.queue)
-	s.enterWhole(ctx, batch, commands)
+	runs := divide(batch)
+	commands := s.pipeline(ctx, batch, runs, s.settles.queue)
+	s.enterWhole(ctx, batch, runs, commands)
 	fates := make([]fate, len(batch))
 	var failed bool // a pipeline that comes to nothing is one failure, however much is in it
 	s.tellLabels(ctx, batch)
-	for i, command := range commands {
-		var err error
-		if fates[i], err = s.fate(batch[i], command); fates[i] == notEntered && !failed {
-			failed = true
-			s.breaker.note(batch[i].Event.KeyID, err)
+	for i, run := range runs {
+		for j, at := range run.at {
+			var err error
+			if fates[at], err = s.fate(batch[at], commands[i], j); fates[at] == notEntered && !failed {
+				failed = true
+				s.breaker.note(run.keyID, err)
+			}
 		}
 	}
 	return fates
 }
 
 // enterWhole is for a Redis that did not know the script: it replaces the commands that failed for that.
-func (s *redisStore) enterWhole(ctx context.Context, batch []settlement, commands []*redis.Cmd) {
+func (s *redisStore) enterWhole(ctx context.Context, batch []settlement, runs []*settleRun, commands []*redis.Cmd) {
 	if s.settles.noDigest.Load() {
 		return
 	}
-	var at []int // places in batch
-	var unknown []settlement
+	var places []int // in runs
+	var unknown []*settleRun
 	for i, command := range commands {
 		if mayBeDigest(command.Err()) {
-			at, unknown = append(at, i), append(unknown, batch[i])
+			places, unknown = append(places, i), append(unknown, runs[i])
 		}
 	}
-	if len(at) == 0 {
+	if len(places) == 0 {
 		return
 	}
-	whole := s.pipeline(ctx, unknown, func(ctx context.Context, pipe redis.Pipeliner, keys []string, args ...any) *redis.Cmd {
+	whole := s.pipeline(ctx, batch, unknown, func(ctx context.Context, pipe redis.Pipeliner, keys []string, args ...any) *redis.Cmd {
 		return s.settles.script.Eval(ctx, pipe, keys, args...)
 	})
-	s.settles.learn(s, commands[at[0]].Err(), whole[0].Err())
+	s.settles.learn(s, commands[places[0]].Err(), whole[0].Err())
 	for i, command := range whole {
-		commands[at[i]] = command
+		commands[places[i]] = command
 	}
 }
 
 type queueScript func(ctx context.Context, pipe redis.Pipeliner, keys []string, args ...any) *redis.Cmd
 
-func (s *redisStore) pipeline(ctx context.Context, batch []settlement, queue queueScript) []*redis.Cmd {
+func (s *redisStore) pipeline(ctx context.Context, batch []settlement, runs []*settleRun, queue queueScript) []*redis.Cmd {
 	pipe := s.client.Pipeline()
-	commands := make([]*redis.Cmd, len(batch))
-	for i := range batch {
-		commands[i] = queue(ctx, pipe, s.settleKeys(&batch[i].Event), s.settleArgs(&batch[i])...)
+	commands := make([]*redis.Cmd, len(runs))
+	for i, run := range runs {
+		keys, args := s.settleArgs(batch, run)
+		commands[i] = queue(ctx, pipe, keys, args...)
 	}
 	pipe.Exec(ctx) //nolint:errcheck // each command has its own
 	return commands
 }
 
-// fate works out what became of a settlement that was sent, and why it was not entered.
-func (s *redisStore) fate(one settlement, command *redis.Cmd) (fate, error) {
+// enterOne enters one settlement, and returns what the script says of it.
+func (s *redisStore) enterOne(ctx context.Context, one settlement) (int64, error) {
+	batch := []settlement{one}
+	keys, args := s.settleArgs(batch, divide(batch)[0])
+	reply, err := s.settles.run(ctx, s, keys, args...)
+	if err != nil {
+		return 0, err
+	}
+	return settleResult(reply, 0)
+}
+
+// settleResult reads what the script says of the i-th settlement of its run.
+func settleResult(reply any, i int) (int64, error) {
+	results, ok := reply.([]any)
+	if !ok || i >= len(results) {
+		return 0, answerError("settle", reply)
+	}
+	switch result := results[i].(type) {
+	case int64:
+		return result, nil
+	case string:
+		return 0, scriptError(result)
+	}
+	return 0, answerError("settle", results[i])
+}
+
+// scriptError is an error of Redis that came up, and was caught, within a script.
+type scriptError string
+
+// Error returns what Redis said.
+func (e scriptError) Error() string { return string(e) }
+
+// RedisError marks it as an answer.
+func (scriptError) RedisError() {}
+
+// fate works out what became of the i-th settlement that was sent with a command, and why it was not entered.
+func (s *redisStore) fate(one settlement, command *redis.Cmd, i int) (fate, error) {
+	var result int64
 	err := command.Err()
-	result, answered := command.Val().(int64)
-	if answered {
-		err = nil // a Cluster's client, when it runs out of time for some, says of all that they failed
+	if command.Val() != nil {
+		// A Cluster's client, when it runs out of time for some commands, says of all that they failed.
+		result, err = settleResult(command.Val(), i)
 	}
 	switch {
 	case isScriptFault(err):
@@ -208,37 +275,35 @@ func (s *redisStore) setAside(one settlement, why string, cause error) {
 	}
 }
 
-// settleKeys names what the script changes. What is kept for a day goes by the day on which the request began, so that
-// an estimate and what replaces it go to the same place.
-func (s *redisStore) settleKeys(e *Event) []string {
-	day := dayOfRequest(e.RequestID)
-	keys := []string{
-		s.key(e.KeyID, "account"),
-		s.key(e.KeyID, "pending"),
-		s.key(e.KeyID, "done:"+day),
-		s.key(e.KeyID, "lost:"+day),
-		s.key(e.KeyID, "ledger"),
-		s.key(e.KeyID, "usage:"+day),
-		s.key(e.KeyID, "hours:"+day),
-		s.key(e.KeyID, "parts"),
+// settleArgs are the keys and arguments of the script, for one run. What is kept for a day goes by the day on
+// which the request began, so that an estimate and what replaces it go to the same place.
+func (s *redisStore) settleArgs(batch []settlement, run *settleRun) (keys []string, args []any) {
+	for _, name := range []string{
+		"account", "pending", "done:" + run.day, "lost:" + run.day, "ledger",
+		"usage:" + run.day, "hours:" + run.day, "parts", "sessions:" + run.day,
+	} {
+		keys = append(keys, s.key(run.keyID, name))
 	}
-	if e.SessionID != "" {
-		keys = append(keys, s.key(e.KeyID, "sessions:"+day), s.key(e.KeyID, "session:"+e.SessionID))
+	args = append(make([]any, 0, 1+len(run.at)*16), s.maxEvents)
+	sessions := make(map[string]int) // place among the keys, from 1
+	for _, i := range run.at {
+		one := &batch[i]
+		e := &one.Event
+		if e.SessionID != "" && sessions[e.SessionID] == 0 {
+			keys = append(keys, s.key(run.keyID, "session:"+e.SessionID))
+			sessions[e.SessionID] = len(keys)
+		}
+		entry := one.entry
+		if entry == nil {
+			entry, _ = encodeEvent(e) // it has been encoded before
+		}
+		args = append(args,
+			e.RequestID, one.Kind, entry, int64(e.Cost), e.Model,
+			e.PromptTokens, e.CachedTokens, e.CompletionTokens, e.Outcome.failed(),
+			unixOfRequest(e.RequestID), one.Sent, s.now().Sub(e.Time) < time.Minute,
+			hourOfRequest(e.RequestID), e.SessionID, sessions[e.SessionID], one.Keeps)
 	}
-	return keys
-}
-
-func (s *redisStore) settleArgs(one *settlement) []any {
-	e := &one.Event
-	entry := one.entry
-	if entry == nil {
-		entry, _ = encodeEvent(e) // it has been encoded before
-	}
-	return []any{
-		e.RequestID, one.Kind, entry, s.maxEvents, int64(e.Cost), e.Model,
-		e.PromptTokens, e.CachedTokens, e.CompletionTokens, e.Outcome.failed(), unixOfRequest(e.RequestID), one.Sent,
-		s.now().Sub(e.Time) < time.Minute, hourOfRequest(e.RequestID), e.SessionID, one.Keeps,
-	}
+	return keys, args
 }
 
 // hourOfRequest returns the UTC hour in which a request began, or nothing where its id does not say.
