@@ -23,6 +23,7 @@ type served struct {
 	status  int
 	usage   usage      // of the answer
 	known   bool       // usage is what the upstream said
+	told    bool       // usage is an estimate, and the client has been told it
 	text    textSample // what the client was sent, for an estimate
 	prompt  bool       // the prompt has reached an upstream that may charge for it
 	refusal *apiError  // what the client must be told; nil where it has its answer, or has left

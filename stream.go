@@ -1,6 +1,9 @@
 package mesh
 
-import "bytes"
+import (
+	"bytes"
+	"slices"
+)
 
 // maxEvent is how long an event of a stream may be to be read. A longer one passes unread.
 const maxEvent = 8 << 20
@@ -22,6 +25,7 @@ type stream struct {
 	begun    bool      // an event has come that is no comment
 	content  bool      // one has come that is worth to be sent
 	fault    *apiError // the error it has reported
+	head     []byte    // what every event of the answer begins with, where one may be added
 }
 
 func newStream(a *answer) *stream { return &stream{a: a} }
@@ -152,7 +156,7 @@ func (s *stream) read(event []byte) verdict {
 	}
 	if string(bytes.TrimSpace(payload)) == "[DONE]" {
 		s.done, s.content = true, true
-		return passed
+		return verdict{before: s.missingUsage(), after: event}
 	}
 	result := &s.a.result
 	before := result.text.bytes
@@ -168,6 +172,9 @@ func (s *stream) read(event []byte) verdict {
 		return verdict{insert: e.frame(s.a.x.event.RequestID)}
 	}
 	s.a.trace.read(payload)
+	if s.head == nil && s.a.req.includeUsage {
+		s.head = said.head(payload)
+	}
 	s.answered = s.answered || said.choices > 0
 	if result.text.bytes > before {
 		s.a.firstByte()
@@ -182,6 +189,11 @@ func (s *stream) read(event []byte) verdict {
 	if said.choices == 0 && !s.a.req.includeUsage {
 		return verdict{}
 	}
+	return s.mark(event, payload, at, said)
+}
+
+// mark has an event that reports usage say what that cost, and how the model was chosen.
+func (s *stream) mark(event, payload []byte, at int, said said) verdict {
 	auto := s.a.x.auto
 	if auto != nil {
 		payload, at = append(auto.markUsage(payload, said), payload[said.usageEnd:]...), -1
@@ -192,11 +204,33 @@ func (s *stream) read(event []byte) verdict {
 		return passed
 	}
 	if at < 0 { // it was changed, or came in several lines; in JSON a line break between tokens is as good as a space
-		payload = bytes.ReplaceAll(payload, []byte("\n"), []byte(" "))
-		event = append(append([]byte("data: "), payload...), "\n\n"...)
-		at = len("data: ")
+		event, at = dataEvent(bytes.ReplaceAll(payload, []byte("\n"), []byte(" ")))
 	}
 	return verdict{before: event[:at+from], insert: insert, after: event[at+until:]}
+}
+
+// dataEvent returns an event with a payload of one line, and where in it that is.
+func dataEvent(payload []byte) (event []byte, at int) {
+	event = append(make([]byte, 0, len(payload)+8), "data: "...)
+	return append(append(event, payload...), "\n\n"...), len("data: ")
+}
+
+// missingUsage returns an event with about what the answer has used, where the client is to have one and the upstream has
+// sent none.
+func (s *stream) missingUsage() []byte {
+	result := &s.a.result
+	if s.head == nil || !s.answered || result.known || s.a.req.images != nil {
+		return nil
+	}
+	result.by = s.a.by
+	result.usage, result.told = s.a.req.estimate(result), true
+	payload := usageEvent(s.head, result.usage)
+	event, at := dataEvent(payload)
+	v := s.mark(event, payload, at, readAnswer(payload, nil))
+	if v.pass {
+		return event
+	}
+	return slices.Concat(v.before, v.insert, v.after)
 }
 
 // readOn looks at what follows [DONE], after which no client reads on: usage is worth to be known all the same.
@@ -222,7 +256,7 @@ func (s *stream) end() Outcome {
 	case a.clientGone || a.x.r.Context().Err() != nil:
 		return OutcomeClientGone
 	case a.err == nil && s.finished:
-		return s.close(OutcomeCompleted, []byte("data: [DONE]\n\n"))
+		return s.close(OutcomeCompleted, append(s.missingUsage(), "data: [DONE]\n\n"...))
 	case a.timedOut, a.gaveUp:
 		return s.closeWith(OutcomeTimeout, errUnfinished)
 	}

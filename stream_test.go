@@ -92,6 +92,59 @@ func TestUsageFrameGoesToThoseWhoAskedForIt(t *testing.T) {
 	}
 }
 
+// TestEstimateIsToldWhereTheUpstreamCountsNothing: a Mesh client always gets the usage frame, and anyone who asks for it.
+func TestEstimateIsToldWhereTheUpstreamCountsNothing(t *testing.T) {
+	asking := strings.Replace(streamBody, `"stream":true`, `"stream":true,"stream_options":{"include_usage":true}`, 1)
+	for name, sent := range map[string]string{
+		"whole":        roleFrame + wordFrame + finishFrame + doneFrame,
+		"without done": roleFrame + wordFrame + finishFrame,
+	} {
+		t.Run(name, func(t *testing.T) {
+			up := startUpstream(t, cutStream(sent, rand.New(rand.NewPCG(3, 4))))
+			g := startGateway(t, up.address(), site(pricedModel))
+			for i, tc := range []struct {
+				body, sdk string
+				told      bool
+			}{
+				{streamBody, "", false},
+				{strings.Replace(streamBody, "plain", "priced", 1), "go/1.0", true},
+				{strings.Replace(asking, "plain", "priced", 1), "", true},
+				{asking, "", true},
+			} {
+				r := g.post(tc.body, "X-MeshAPI-SDK", tc.sdk)
+				events := g.ledger(i + 1)
+				e := events[i]
+				if !e.Estimated || e.PromptTokens == 0 || e.CompletionTokens != 1 || e.Outcome != OutcomeCompleted {
+					t.Fatalf("%+v", e)
+				}
+				usage := fmt.Sprintf(`data: {"id":"c","created":1,"model":"m","object":"chat.completion.chunk","choices":[],`+
+					`"usage":{"prompt_tokens":%d,"completion_tokens":1,"total_tokens":%d,"estimated":true}`, e.PromptTokens, e.PromptTokens+1)
+				if e.Cost > 0 {
+					usage += fmt.Sprintf(`,"cost":"%s"`, e.Cost)
+				}
+				if usage += "}\n\n"; !tc.told {
+					usage = ""
+				}
+				if want := roleFrame + wordFrame + finishFrame + usage + doneFrame; string(r.body) != want {
+					t.Errorf("%s %s\ngot  %q\nwant %q", tc.body, tc.sdk, r.body, want)
+				}
+			}
+			g.spent(g.ledger(4))
+		})
+	}
+}
+
+func TestNoEstimateIsToldOfAStreamThatWasCut(t *testing.T) {
+	up := startUpstream(t, cutStream(roleFrame+wordFrame, rand.New(rand.NewPCG(3, 4))))
+	g := startGateway(t, up.address(), site(pricedModel))
+	if r := g.post(streamBody, "X-MeshAPI-SDK", "go/1.0"); bytes.Contains(r.body, []byte("prompt_tokens")) {
+		t.Errorf("got %q", r.body)
+	}
+	if e := g.ledger(1)[0]; !e.Estimated || e.Outcome != OutcomeCut {
+		t.Errorf("%+v", e)
+	}
+}
+
 func TestUsageBesideContentPassesWithItsCost(t *testing.T) {
 	last := `data: {"choices":[{"delta":{"content":"x"},"finish_reason":"stop"}],"usage":{"prompt_tokens":4,"completion_tokens":1},"cost":0.1}` + "\n\n"
 	several := "data: {\"choices\":[],\ndata: \"usage\":{\"prompt_tokens\":4,\"completion_tokens\":1}}\n\n"

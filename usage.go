@@ -1,6 +1,7 @@
 package mesh
 
 import (
+	"slices"
 	"strconv"
 	"time"
 )
@@ -63,7 +64,10 @@ func (x *exchange) settle(store Store, req *chatRequest, s *served) {
 		x.h.answers.note(u.completion)
 	}
 	if !s.known && s.prompt {
-		u, e.Estimated = req.estimate(s), true
+		e.Estimated = true
+		if !s.told {
+			u = req.estimate(s)
+		}
 	}
 	e.use(u)
 	if s.by != nil {
@@ -103,7 +107,10 @@ type said struct {
 	failed   bool // it has a member error, and is no answer
 	usageEnd int  // the offset of the last brace of its usage
 	cost     span // the value of a member cost that is there already
-	closing  int  // the offset of the last brace
+	id       span // of these three the values, too
+	created  span
+	model    span
+	closing  int // the offset of the last brace
 }
 
 // maxAnswerDepth is how deep an answer may nest to be read.
@@ -130,6 +137,12 @@ func readAnswer(text []byte, t *textSample) (s said) {
 			c.skip()
 		case "cost":
 			s.cost = c.skip()
+		case "id":
+			s.id = c.skip()
+		case "created":
+			s.created = c.skip()
+		case "model":
+			s.model = c.skip()
 		default:
 			c.skip()
 		}
@@ -152,6 +165,38 @@ func (s said) costEdit(p *Price) (insert []byte, from, until int) {
 		insert = append(make([]byte, 0, 32), `,"cost":`...)
 	}
 	return append(p.cost(s.usage).append(append(insert, '"')), '"'), from, until
+}
+
+// head returns what an event of the answer begins with, of which text is another: its clients put together what has the
+// same id.
+func (s said) head(text []byte) []byte {
+	var o objectWriter
+	for _, member := range []struct {
+		name string
+		at   span
+	}{{"id", s.id}, {"created", s.created}, {"model", s.model}} {
+		if member.at.to > 0 {
+			o.name(member.name)
+			o.buf = append(o.buf, member.at.of(text)...)
+		}
+	}
+	o.text("object", "chat.completion.chunk")
+	return o.buf
+}
+
+// usageEvent returns the JSON text of an event that reports an estimate and nothing else.
+func usageEvent(head []byte, u usage) []byte {
+	var used objectWriter
+	used.number("prompt_tokens", u.prompt)
+	used.number("completion_tokens", u.completion)
+	used.number("total_tokens", u.prompt+u.completion)
+	used.trueIf("estimated", true)
+	o := objectWriter{buf: slices.Clone(head)}
+	o.name("choices")
+	o.buf = append(o.buf, "[]"...)
+	o.name("usage")
+	o.buf = append(append(o.buf, used.buf...), '}')
+	return append(o.buf, '}')
 }
 
 // eachOf calls element for each element of an array, which must consume it. Anything else is passed over.
