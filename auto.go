@@ -109,7 +109,7 @@ type autoRoute struct {
 	model  string         // the one that is to answer
 	effort string         // how much it should think, in OpenAI's words; empty where the classifier did not say
 	reason fallbackReason // empty where the model was chosen
-	call   *compareCall   // the classifier's; nil where there was no choice
+	call   *innerCall     // the classifier's; nil where there was no choice
 }
 
 // newAutoRoute returns what may be chosen for the request's key.

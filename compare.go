@@ -55,13 +55,13 @@ type comparison struct {
 	started time.Time
 	req     *compareRequest
 	limit   time.Duration // of each call
-	calls   []*compareCall
+	calls   []*innerCall
 	results []compareResult // in the order of the models
 
 	pinging sync.WaitGroup
 
-	judge    *compareCall // the one that compared; nil where none did
-	fallback bool         // and it was not the comparison model
+	judge    *innerCall // the one that compared; nil where none did
+	fallback bool       // and it was not the comparison model
 }
 
 // compare serves POST /v1/chat/compare.
@@ -283,7 +283,7 @@ type compareSummary struct {
 	Results         []compareResult `json:"results"`
 	Comparison      *string         `json:"comparison"`
 	ComparisonModel *string         `json:"comparison_model"`
-	ComparisonUsage *compareUsage   `json:"comparison_usage"`
+	ComparisonUsage *callUsage      `json:"comparison_usage"`
 	FallbackUsed    bool            `json:"comparison_fallback_used"`
 	TotalLatencyMS  int64           `json:"total_latency_ms"`
 	Partial         bool            `json:"partial"`

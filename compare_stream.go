@@ -82,7 +82,7 @@ func (s *compareStream) write(text string) error {
 }
 
 // deltasOf returns what is told of a model's text, piece by piece.
-func (s *compareStream) deltasOf(call *compareCall) func(string) error {
+func (s *compareStream) deltasOf(call *innerCall) func(string) error {
 	if s == nil {
 		return nil
 	}

@@ -513,8 +513,8 @@ func TestHardCapHoldsInAComparison(t *testing.T) {
 // TestHandlerThatPanicsEndsOneComparisonOnly would end the process of the test otherwise.
 func TestHandlerThatPanicsEndsOneComparisonOnly(t *testing.T) {
 	h := new(Handler) // has nothing that a call needs
-	first := &compareCall{model: "a", taker: new(answerTaker), x: &exchange{h: h}}
-	c := &comparison{calls: []*compareCall{first}, x: &exchange{h: h}, req: new(compareRequest)}
+	first := &innerCall{model: "a", taker: new(answerTaker), x: &exchange{h: h}}
+	c := &comparison{calls: []*innerCall{first}, x: &exchange{h: h}, req: new(compareRequest)}
 	defer func() {
 		if recover() == nil {
 			t.Error("the panic was lost")
