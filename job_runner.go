@@ -32,6 +32,8 @@ type jobRunner struct {
 	ended   chan struct{} // is closed when all has ended
 	stopped sync.Once
 
+	waiting atomic.Int64 // jobs in the queue, when they were last counted
+
 	mu   sync.Mutex
 	runs []*JobRun
 }
@@ -62,6 +64,8 @@ func (r *jobRunner) start() error {
 func (r *jobRunner) live() {
 	defer close(r.ended)
 	defer r.h.releaseStore()
+	jobRunners.Store(r, nil)
+	defer jobRunners.Delete(r)
 	var tending sync.WaitGroup
 	tending.Go(r.take)
 	tending.Go(r.tend)
@@ -83,7 +87,7 @@ func (r *jobRunner) stopOnce() {
 	}
 	if caddy.Exiting() {
 		r.haltAll()
-	} else if r.busy() {
+	} else if r.running() > 0 {
 		return
 	}
 	select {
@@ -100,10 +104,10 @@ func (r *jobRunner) haltAll() {
 	}
 }
 
-func (r *jobRunner) busy() bool {
+func (r *jobRunner) running() int {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	return len(r.runs) > 0
+	return len(r.runs)
 }
 
 // cancel stops a job that was cancelled, if it runs here. Else whoever runs it hears of it from the store.
@@ -174,15 +178,19 @@ func (r *jobRunner) tend() {
 	}
 }
 
-// sweep removes what is past its time.
+// sweep removes what is past its time, and counts what waits.
 func (r *jobRunner) sweep() {
 	ticker := time.NewTicker(jobSweep)
 	defer ticker.Stop()
 	sweeping := trouble{message: "jobs that are past their time cannot be removed"}
 	for {
+		if n, err := r.store.WaitingJobs(r.halting, r.queue); err == nil {
+			r.waiting.Store(n)
+		}
 		select {
 		case <-ticker.C:
 		case <-r.halting.Done():
+			r.waiting.Store(0) // the next configuration's runner has them
 			return
 		}
 		err := r.store.SweepJobs(r.halting, r.queue)
@@ -214,6 +222,7 @@ func (r *jobRunner) work(run *JobRun) {
 	}
 	if r.finish(run, end) {
 		call.count()
+		collectors.jobs.WithLabelValues(string(end.Status)).Inc()
 	}
 }
 

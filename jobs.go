@@ -38,6 +38,9 @@ type JobStore interface {
 	// ReturnJob has a job that was taken wait again.
 	ReturnJob(ctx context.Context, run *JobRun) error
 
+	// WaitingJobs returns how many jobs of a queue wait to be run.
+	WaitingJobs(ctx context.Context, queue string) (int64, error)
+
 	// SweepJobs ends the jobs that have waited for longer than maxJobWait, and removes what is past its time. It is called
 	// every jobSweep.
 	SweepJobs(ctx context.Context, queue string) error

@@ -165,6 +165,13 @@ func (a *account) withdraw(asked Admission, at time.Time) {
 	a.balance.Minute, a.balance.Day = one(a.balance.Minute, minuteOf(at)), one(a.balance.Day, dayOf(at))
 }
 
+// WaitingJobs counts them.
+func (s *localStore) WaitingJobs(_ context.Context, queue string) (int64, error) {
+	s.jobs.mu.Lock()
+	defer s.jobs.mu.Unlock()
+	return int64(len(s.jobs.queue(queue).waiting)), nil
+}
+
 // GetJob reads the database.
 func (s *localStore) GetJob(_ context.Context, queue, id string) (j *Job, err error) {
 	err = s.viewJobs(func(b *jobBuckets) (err error) {

@@ -289,6 +289,16 @@ func (s *redisStore) settleJob(j *Job, e Event) {
 	s.jobScript(0, "settled", j.Queue, j.ID, j.ID, max(1, seconds(left))) //nolint:errcheck // see above
 }
 
+// WaitingJobs asks Redis, and counts those that are about to come, too.
+func (s *redisStore) WaitingJobs(ctx context.Context, queue string) (int64, error) {
+	if s.degraded() {
+		return 0, errRedisDown
+	}
+	ctx, cancel := context.WithTimeout(ctx, s.timeout)
+	defer cancel()
+	return s.jobs.client.ZCard(ctx, s.jobKey(queue, "waiting")).Result()
+}
+
 // SweepJobs ends the jobs that have waited for too long, and gives up places whose job did not come.
 func (s *redisStore) SweepJobs(ctx context.Context, queue string) error {
 	if s.degraded() {

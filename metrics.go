@@ -42,6 +42,9 @@ type gatewayMetrics struct {
 	storeErrors *prometheus.CounterVec
 	stores      storeCollector
 
+	jobs      *prometheus.CounterVec
+	jobQueues jobCollector
+
 	keyRequests   *prometheus.CounterVec
 	keyRejections *prometheus.CounterVec
 	keyTokens     *prometheus.CounterVec
@@ -94,6 +97,9 @@ func newCollectors() *gatewayMetrics {
 			"store", "operation"),
 		stores: newStoreCollector(),
 
+		jobs:      counter("jobs_total", "Jobs that this instance has run, by how they ended.", "status"),
+		jobQueues: newJobCollector(),
+
 		keyRequests: counter("key_requests_total",
 			"With metrics per_key: chat requests that were let through, when they end.", "key", "outcome"),
 		keyRejections: counter("key_rejections_total",
@@ -133,7 +139,7 @@ func histogram(name, help string, buckets []float64, labels ...string) *promethe
 func (m *gatewayMetrics) register(registry prometheus.Registerer) error {
 	for _, c := range []prometheus.Collector{
 		m.requests, m.rejections, m.attempts, m.fallbacks, m.autoRoutes, m.tokens, m.cost, m.firstToken, m.perToken, m.duration, m.streams, m.openCircuits,
-		m.admits, m.storeErrors, m.stores, m.keyRequests, m.keyRejections, m.keyTokens, m.keyCost,
+		m.admits, m.storeErrors, m.stores, m.jobs, m.jobQueues, m.keyRequests, m.keyRejections, m.keyTokens, m.keyCost,
 	} {
 		err := registry.Register(c)
 		if _, known := errors.AsType[prometheus.AlreadyRegisteredError](err); err != nil && !known {
