@@ -176,7 +176,7 @@ func TestWhatIsDamagedDoesNotStopTheReaper(t *testing.T) {
 	}
 }
 
-// What ARCHITECTURE.md promises of a gateway that dies follows from these.
+// What docs/store.md promises of a gateway that dies follows from these.
 func TestLostRequestIsChargedAsSoonAsIsPromised(t *testing.T) {
 	const promised, aRound = 45 * time.Second, 5 * time.Second
 	longest := reapInterval/2 + reapInterval // between two rounds

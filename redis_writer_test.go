@@ -292,7 +292,7 @@ func TestAnswerThatIsLostInALongOutageDoublesNothing(t *testing.T) {
 	}
 }
 
-// The numbers that ARCHITECTURE.md has of what an outage can lose, or leave for somebody to look at.
+// The numbers that docs/store.md has of what an outage can lose, or leave for somebody to look at.
 func TestWhatAnOutageCanCostIsAsPromised(t *testing.T) {
 	if settleTimeout > time.Second || settleBatch > 256 {
 		t.Errorf("a pipeline of %d may take %s", settleBatch, settleTimeout)

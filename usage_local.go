@@ -31,32 +31,49 @@ type rollup struct {
 	days, hours, sessions map[string]*usageSums
 	labels                map[string]KeyLabel
 	entries               []string // of bucketByKey
+
+	began     int64 // the hour that day and hour name
+	day, hour string
+	key       []byte // the last one, for its memory
 }
 
 func newRollup() *rollup {
 	return &rollup{
 		days: make(map[string]*usageSums), hours: make(map[string]*usageSums), sessions: make(map[string]*usageSums),
-		labels: make(map[string]KeyLabel),
+		labels: make(map[string]KeyLabel), began: -1,
 	}
 }
 
 func (r *rollup) add(requestID string, u *eventUsage) {
-	began := time.Unix(u.hour, 0).UTC()
-	day, hour := began.Format(time.DateOnly), began.Format(hourForm)
-	sums := u.sums()
-	into := func(m map[string]*usageSums, key string) {
-		if m[key] == nil {
-			m[key] = new(usageSums)
-		}
-		m[key].add(sums)
+	if u.hour != r.began {
+		began := time.Unix(u.hour, 0).UTC()
+		r.began, r.day, r.hour = u.hour, began.Format(time.DateOnly), began.Format(hourForm)
 	}
-	into(r.days, sumKey(day, u.keyID, u.model))
-	into(r.hours, sumKey(hour, u.keyID, u.model))
+	sums := u.sums()
+	r.into(r.days, sums, r.day, u.keyID, u.model)
+	r.into(r.hours, sums, r.hour, u.keyID, u.model)
 	if u.session != "" {
-		into(r.sessions, sumKey(hour, u.keyID, u.session, u.model))
+		r.into(r.sessions, sums, r.hour, u.keyID, u.session, u.model)
 	}
 	r.labels[u.keyID] = u.label
 	r.entries = append(r.entries, sumKey(u.keyID, requestID))
+}
+
+// into adds to the sums of a key, which is that of sumKey.
+func (r *rollup) into(m map[string]*usageSums, more usageSums, parts ...string) {
+	r.key = r.key[:0]
+	for i, part := range parts {
+		if i > 0 {
+			r.key = append(r.key, sumSeparator...)
+		}
+		r.key = append(r.key, part...)
+	}
+	sums := m[string(r.key)]
+	if sums == nil {
+		sums = new(usageSums)
+		m[string(r.key)] = sums
+	}
+	sums.add(more)
 }
 
 // write adds to what the database has.
