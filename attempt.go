@@ -44,6 +44,9 @@ func (a *answer) ended(s *served) *served {
 			r = resultFailed
 		}
 	}
+	if a.stopped() { // which says nothing of the upstream either
+		r = resultClientGone
+	}
 	a.x.attempted(a, r, nil)
 	if r != resultClientGone && !(r == resultTimeout && own) { // a client that gives up early says nothing of the upstream
 		a.by.upstream.health.note(r)

@@ -95,7 +95,7 @@ func (x *exchange) compare() *apiError {
 	if refusal := c.prepare(config.Model); refusal != nil {
 		return refusal
 	}
-	store, err := x.h.store.acquire()
+	store, err := x.acquire()
 	if err != nil {
 		return x.storeFailed(err)
 	}

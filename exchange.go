@@ -137,6 +137,7 @@ type exchange struct {
 	asking sync.Mutex // of the event's Upstream and Attempts, while two candidates are asked
 
 	uncounted bool // it is part of a request that was counted
+	inHand    bool // it holds the store
 	keeps     bool // it is the part by which the request was counted, and takes its place for all of them
 	sum       bool // the event only sums up what has been counted
 
@@ -201,7 +202,7 @@ func (x *exchange) chat() *apiError {
 		return refusal
 	}
 	x.trace.request(req, &x.event, &candidates[0])
-	store, err := x.h.store.acquire()
+	store, err := x.acquire()
 	if err != nil {
 		return x.storeFailed(err)
 	}

@@ -137,6 +137,9 @@ func (x *exchange) ending(a *answer, req *chatRequest) *served {
 		return a.ended(x.clientLeft(a))
 	case a.timedOut:
 		return a.ended(x.outOfTime(a, req.timeout != 0))
+	case a.stopped():
+		x.tellAttempts()
+		return a.ended(&served{outcome: OutcomeError, refusal: errEnding})
 	}
 	return nil
 }
@@ -147,6 +150,8 @@ type attempt struct {
 	ctx    context.Context // the request's, of its own
 	quit   context.Context // ends when another has won the race
 	runner int             // its place in the race
+
+	in *inAttempt // nil for a job
 
 	place int  // of it, among the candidates
 	probe bool // it finds out whether the upstream is back
@@ -217,6 +222,9 @@ func (x *exchange) logFailure(c *candidate, f *failure) {
 		zap.Error(f.cause))
 }
 
+// stopped reports whether the end of the process has ended the attempt.
+func (a *attempt) stopped() bool { return a.in != nil && a.in.ended.Load() }
+
 // try lets one candidate answer. A kept-alive connection that the upstream had closed meanwhile is not its fault:
 // then it is asked again.
 func (x *exchange) try(req *chatRequest, c *candidate, at attempt, deadline time.Time) *answer {
@@ -226,6 +234,11 @@ func (x *exchange) try(req *chatRequest, c *candidate, at attempt, deadline time
 	}
 	ctx, cancel := c.upstream.OnHangup.attempt(ctx, deadline)
 	defer cancel()
+	if x.expanded == nil { // a job is not ended, but waits again
+		in := inHand.begin(cancel)
+		defer inHand.over(in)
+		at.in = in
+	}
 	if at.race != nil {
 		var leave context.CancelFunc
 		ctx, leave = at.join(ctx)

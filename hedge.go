@@ -178,7 +178,7 @@ func (x *exchange) isFinal(a *answer) bool {
 	if a.committed || a.lost {
 		return false
 	}
-	return x.r.Context().Err() != nil || a.timedOut || !a.failure().retriable
+	return x.r.Context().Err() != nil || a.timedOut || a.stopped() || !a.failure().retriable
 }
 
 // inOrder puts the answer that decides on the request last, and has the others count as lost if there is one.

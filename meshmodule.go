@@ -236,6 +236,7 @@ func (h *Handler) warnOfUnpriced() {
 // Cleanup gives back what this configuration holds. Requests that are still under way keep the store open.
 func (h *Handler) Cleanup() error {
 	h.jobs.stop()
+	endRequests()
 	for _, u := range h.Upstreams {
 		u.leaveHealth()
 	}
@@ -364,6 +365,7 @@ func (h *Handler) ServeHTTP(w http.ResponseWriter, r *http.Request, next caddyht
 		return next.ServeHTTP(w, r)
 	}
 	x := h.newExchange(w, r)
+	defer x.leave()
 	defer x.log()
 	defer x.count()
 	serve := e.method(r.Method)

@@ -101,7 +101,7 @@ func (x *exchange) selectModel() *apiError {
 
 // selectNow asks the classifier. Its call is what is counted, so that its limits are told to the client.
 func (x *exchange) selectNow(a *autoRoute, conversation string) *apiError {
-	store, err := x.h.store.acquire()
+	store, err := x.acquire()
 	if err != nil {
 		return x.storeFailed(err)
 	}

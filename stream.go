@@ -257,6 +257,8 @@ func (s *stream) end() Outcome {
 		return OutcomeClientGone
 	case a.err == nil && s.finished:
 		return s.close(OutcomeCompleted, append(s.missingUsage(), "data: [DONE]\n\n"...))
+	case a.stopped():
+		return s.closeWith(OutcomeCut, errEnding)
 	case a.timedOut, a.gaveUp:
 		return s.closeWith(OutcomeTimeout, errUnfinished)
 	}
