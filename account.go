@@ -14,9 +14,10 @@ type account struct {
 	balance  balance
 	reserved reservations
 	underWay underWay
-	faulty   bool           // the log says that Redis has something else in its place
-	unsaved  bool           // the writer has been told that there is something new
-	settled  []settledEvent // not yet with the writer; their costs are in balance already
+	alone    map[string]struct{} // requests that were admitted without the shared store, and that it is to count
+	faulty   bool                // the log says that Redis has something else in its place
+	unsaved  bool                // the writer has been told that there is something new
+	settled  []settledEvent      // not yet with the writer; their costs are in balance already
 }
 
 // settledEvent is an event on its way to the ledger.
@@ -259,6 +260,21 @@ func (a *account) settle(e *Event) (c charge, keeps bool) {
 	charged := a.balance.charge(e.Cost, e.Time)
 	a.balance.countTokens(e.PromptTokens+e.CompletionTokens, e.Time, &charged)
 	return charged, keeps
+}
+
+// countLater notes a request that was admitted without the shared store. The caller holds a.mu.
+func (a *account) countLater(requestID string) {
+	if a.alone == nil {
+		a.alone = make(map[string]struct{})
+	}
+	a.alone[requestID] = struct{}{}
+}
+
+// toCount reports whether the shared store is to count a request that has ended. The caller holds a.mu.
+func (a *account) toCount(requestID string) bool {
+	_, alone := a.alone[requestID]
+	delete(a.alone, requestID)
+	return alone
 }
 
 // leave gives back a place that was kept, and reports whether the shared store has yet to hear of it.

@@ -76,7 +76,11 @@ func (s *redisStore) admitWithout(a Admission, cause error) (Verdict, error) {
 	account := s.accounts.of(a.KeyID)
 	account.mu.Lock()
 	defer account.mu.Unlock()
-	return account.admit(s.now(), a), nil
+	verdict := account.admit(s.now(), a)
+	if verdict.Refused == "" && !a.Uncounted {
+		account.countLater(a.RequestID)
+	}
+	return verdict, nil
 }
 
 // admitUnanswered decides where Redis was asked and may yet have counted the request. If it does not run, that is

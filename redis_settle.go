@@ -17,6 +17,7 @@ type settlement struct {
 	Kind  string `json:"kind"`
 	Sent  bool   `json:"sent,omitempty"`  // it was sent before, and may have been entered
 	Keeps bool   `json:"keeps,omitempty"` // the request goes on taking its place under max_concurrency
+	Alone bool   `json:"alone,omitempty"` // the request was admitted without Redis, as far as is known
 	Event Event  `json:"event"`
 
 	entry []byte // Event as the ledger has it, where that is at hand
@@ -101,8 +102,9 @@ func (s *redisStore) Settle(e Event) {
 	account := s.accounts.of(e.KeyID)
 	account.mu.Lock()
 	_, keeps := account.settle(&e)
+	alone := account.toCount(e.RequestID)
 	account.mu.Unlock()
-	s.queue.add(settlement{Kind: settleEvent, Keeps: keeps, Event: e, entry: entry})
+	s.queue.add(settlement{Kind: settleEvent, Keeps: keeps, Alone: alone, Event: e, entry: entry})
 }
 
 // Leave leaves it to the writer to have Redis give the place back.
@@ -284,7 +286,7 @@ func (s *redisStore) settleArgs(batch []settlement, run *settleRun) (keys []stri
 	} {
 		keys = append(keys, s.key(run.keyID, name))
 	}
-	args = append(make([]any, 0, 1+len(run.at)*16), s.maxEvents)
+	args = append(make([]any, 0, 1+len(run.at)*17), s.maxEvents)
 	sessions := make(map[string]int) // place among the keys, from 1
 	for _, i := range run.at {
 		one := &batch[i]
@@ -301,7 +303,7 @@ func (s *redisStore) settleArgs(batch []settlement, run *settleRun) (keys []stri
 			e.RequestID, one.Kind, entry, int64(e.Cost), e.Model,
 			e.PromptTokens, e.CachedTokens, e.CompletionTokens, e.Outcome.failed(),
 			unixOfRequest(e.RequestID), one.Sent, s.now().Sub(e.Time) < time.Minute,
-			hourOfRequest(e.RequestID), e.SessionID, sessions[e.SessionID], one.Keeps)
+			hourOfRequest(e.RequestID), e.SessionID, sessions[e.SessionID], one.Keeps, one.Alone)
 	}
 	return keys, args
 }

@@ -3,7 +3,8 @@
 -- ARGV: entries to keep; then for each request: its id, 'settle' | 'lost' | 'void' | 'drop', entry, cost, model, prompt
 -- tokens, cached tokens, completion tokens, '1' if the request failed, when the request began (Unix seconds, or ''), '1' if
 -- this may have been entered before, '1' if it ended less than a minute ago, the hour in which it began (or ''), session,
--- which of KEYS is the session's ('0': none), '1' if it keeps its place under max_concurrency
+-- which of KEYS is the session's ('0': none), '1' if it keeps its place under max_concurrency, '1' if it was admitted without
+-- Redis
 -- Returns, for each request: 1 if the ledger has the entry now and had none before, 2 if it replaced an estimate, 0 if
 -- nothing was to do, 3 if it cannot be told any more whether it was entered before, and nothing was done; or an error, as
 -- text.
@@ -16,7 +17,7 @@
 local account, pending, done, lost, ledger = KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5]
 local usage, hours, parts_pending, sessions = KEYS[6], KEYS[7], KEYS[8], KEYS[9]
 local keep = ARGV[1]
-local FIELDS = 16 -- for each request
+local FIELDS = 17 -- for each request
 local SESSION_TTL, HOURS_TTL = 30 * DAY, 35 * DAY
 local SESSIONS = 1000 -- of a day that can be listed
 local CLOCKS = 3600      -- by how much the clock of a gateway may differ
@@ -141,6 +142,19 @@ local function roll()
 	month = begin_anew(month_of(now), a[1], 'month', 'month_spent')
 end
 
+-- Counts a request that was admitted without Redis in the windows in which it began, unless these are over.
+local function count_request(began)
+	local a = redis.call('HMGET', account, 'minute', 'day')
+	for i, w in ipairs({{'minute', began - began % MINUTE}, {'day', day_of(began)}}) do
+		local name, start, stored = w[1], w[2], tonumber(a[i]) or 0
+		if start > stored then
+			redis.call('HSET', account, name, whole(start), name .. '_used', '1')
+		elseif start == stored then
+			redis.call('HINCRBY', account, name .. '_used', '1')
+		end
+	end
+end
+
 local function negative(amount)
 	return amount == '0' and amount or '-' .. amount
 end
@@ -149,7 +163,7 @@ local function settle(from)
 	local id, kind, entry, cost, model = ARGV[from], ARGV[from + 1], ARGV[from + 2], ARGV[from + 3], ARGV[from + 4]
 	local began, repeated, recent = tonumber(ARGV[from + 9]), ARGV[from + 10] == '1', ARGV[from + 11] == '1'
 	local hour, session, session_key = ARGV[from + 12], ARGV[from + 13], KEYS[tonumber(ARGV[from + 14])]
-	local keeps = ARGV[from + 15] == '1'
+	local keeps, alone = ARGV[from + 15] == '1', ARGV[from + 16] == '1'
 
 	local known = redis.call('SISMEMBER', done, id) == 1
 	local held = redis.call('HGET', pending, id)
@@ -187,6 +201,9 @@ local function settle(from)
 	end
 
 	roll()
+	if alone and began and not (held or estimate) then
+		count_request(began)
+	end
 	if estimate then
 		local old = cmsgpack.unpack(estimate)
 		redis.call('HDEL', lost, id)

@@ -88,7 +88,7 @@ func TestRunsEnterWhatSingleSettlementsDo(t *testing.T) {
 		for range 1 + random.IntN(2) {
 			batch = append(batch, settlement{
 				Kind:  pick(settleEvent, settleEvent, settleEvent, settleLost, settleVoid, settleDrop),
-				Event: e, Keeps: random.IntN(5) == 0, Sent: random.IntN(5) == 0,
+				Event: e, Keeps: random.IntN(5) == 0, Sent: random.IntN(5) == 0, Alone: random.IntN(5) == 0,
 			})
 		}
 		if random.IntN(3) == 0 && len(batch) > 3 { // an older one once more
