@@ -92,8 +92,15 @@ func (p *promptSize) text(body []byte) []byte {
 
 // forget lets go of the body, but for what an estimate needs: a stream may last long after it was sent.
 func (r *chatRequest) forget() {
-	r.prompt.kept = r.prompt.text(r.body)
+	r.keepSample()
 	r.body, r.edits = nil, nil
+}
+
+// keepSample copies what an estimate needs, before others than the reader of an answer may let go of the body.
+func (r *chatRequest) keepSample() {
+	if r.prompt.kept == nil {
+		r.prompt.kept = r.prompt.text(r.body)
+	}
 }
 
 // parseChat reads and checks a request's body in one pass. All faults are reported at once.

@@ -40,6 +40,7 @@ var errOutOfTime = errors.New("the request's time ran out")
 // second try.
 func (x *exchange) handOff(store Store, req *chatRequest, candidates []candidate) *served {
 	if req.stream {
+		req.keepSample()
 		x.gate = x.openGate(req)
 		defer x.gate.close()
 	}

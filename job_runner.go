@@ -32,7 +32,7 @@ type jobRunner struct {
 	ended   chan struct{} // is closed when all has ended
 	stopped sync.Once
 
-	waiting atomic.Int64 // jobs in the queue, when they were last counted
+	waiting atomic.Int64 // jobs in the queue, when they were last counted; negative where they could not be
 
 	mu   sync.Mutex
 	runs []*JobRun
@@ -182,18 +182,20 @@ func (r *jobRunner) tend() {
 func (r *jobRunner) sweep() {
 	ticker := time.NewTicker(jobSweep)
 	defer ticker.Stop()
+	defer r.waiting.Store(0) // the next configuration's runner has them
 	sweeping := trouble{message: "jobs that are past their time cannot be removed"}
 	for {
-		if n, err := r.store.WaitingJobs(r.halting, r.queue); err == nil {
-			r.waiting.Store(n)
+		n, err := r.store.WaitingJobs(r.halting, r.queue)
+		if err != nil {
+			n = -1
 		}
+		r.waiting.Store(n)
 		select {
 		case <-ticker.C:
 		case <-r.halting.Done():
-			r.waiting.Store(0) // the next configuration's runner has them
 			return
 		}
-		err := r.store.SweepJobs(r.halting, r.queue)
+		err = r.store.SweepJobs(r.halting, r.queue)
 		if r.halting.Err() != nil {
 			return
 		}

@@ -19,7 +19,7 @@ func newJobCollector() jobCollector {
 		return prometheus.NewDesc(prometheus.BuildFQName(metricsNamespace, metricsSubsystem, name), help, []string{"queue"}, nil)
 	}
 	return jobCollector{
-		waiting: describe("jobs_waiting", "Jobs that wait in a queue, as of at most ten seconds ago. Instances that share the queue have the same ones."),
+		waiting: describe("jobs_waiting", "Jobs that wait in a queue, as of at most ten seconds ago; nothing while the store cannot be asked. Instances that share the queue have the same ones."),
 		running: describe("jobs_running", "Jobs of a queue that this instance runs at the moment."),
 	}
 }
@@ -35,12 +35,16 @@ func (c jobCollector) Collect(values chan<- prometheus.Metric) {
 	waiting, running := make(map[string]int64), make(map[string]int)
 	jobRunners.Range(func(runner, _ any) bool {
 		r := runner.(*jobRunner)
-		waiting[r.queue] = max(waiting[r.queue], r.waiting.Load())
+		if n := r.waiting.Load(); n >= 0 {
+			waiting[r.queue] = max(waiting[r.queue], n)
+		}
 		running[r.queue] += r.running()
 		return true
 	})
 	for queue, n := range running {
 		values <- prometheus.MustNewConstMetric(c.running, prometheus.GaugeValue, float64(n), queue)
-		values <- prometheus.MustNewConstMetric(c.waiting, prometheus.GaugeValue, float64(waiting[queue]), queue)
+	}
+	for queue, n := range waiting {
+		values <- prometheus.MustNewConstMetric(c.waiting, prometheus.GaugeValue, float64(n), queue)
 	}
 }

@@ -165,6 +165,7 @@ func (s *redisStore) enter(batch []settlement) []fate {
 	var failed bool // a pipeline that comes to nothing is one failure, however much is in it
 	s.tellLabels(ctx, batch)
 	for i, run := range runs {
+		s.reportSums(run, commands[i])
 		for j, at := range run.at {
 			var err error
 			if fates[at], err = s.fate(batch[at], commands[i], j); fates[at] == notEntered && !failed {
@@ -174,6 +175,14 @@ func (s *redisStore) enter(batch []settlement) []fate {
 		}
 	}
 	return fates
+}
+
+// reportSums logs that a run of the script has entered all there was, but could not add to a sum.
+func (s *redisStore) reportSums(run *settleRun, command *redis.Cmd) {
+	if results, ok := command.Val().([]any); ok && len(results) > len(run.at) {
+		s.logger.Error("a sum in Redis cannot be added to: something else is in its place; spend or reports lack what the ledger has",
+			zap.String("key_id", run.keyID), zap.Any("cause", results[len(run.at)]))
+	}
 }
 
 // enterWhole is for a Redis that did not know the script: it replaces the commands that failed for that.

@@ -7,7 +7,7 @@
 -- Redis
 -- Returns, for each request: 1 if the ledger has the entry now and had none before, 2 if it replaced an estimate, 0 if
 -- nothing was to do, 3 if it cannot be told any more whether it was entered before, and nothing was done; or an error, as
--- text.
+-- text. One more, at the end, is an error that came up when a sum was added to.
 --
 -- 'settle' enters what a request cost. 'lost' enters an estimate for a request whose gateway died, and does nothing
 -- unless the request is still pending. 'void' undoes an admission that the gateway never got to know of. 'drop' gives up
@@ -32,10 +32,6 @@ redis.call('XDEL', ledger, '0-1')
 redis.call('HEXISTS', usage, 'models')
 redis.call('HEXISTS', hours, '')
 redis.call('HEXISTS', parts_pending, '')
-for i = 10, #KEYS do
-	redis.call('SISMEMBER', sessions, '')
-	redis.call('HEXISTS', KEYS[i], '')
-end
 
 local now = clock()
 
@@ -54,14 +50,19 @@ local function add_later(key, field, amount)
 	fields[field] = (fields[field] or 0) + tonumber(amount)
 end
 local function add_all()
+	local bad -- the others are added to all the same
 	for key, fields in pairs(sums) do
 		for field, amount in pairs(fields) do
-			add(key, field, whole(amount))
+			local ok, why = pcall(add, key, field, whole(amount))
+			if not ok then
+				bad = bad or type(why) == 'table' and why.err or tostring(why)
+			end
 		end
 	end
 	for key, ttl in pairs(ttls) do
 		redis.call('EXPIRE', key, ttl)
 	end
+	return bad
 end
 
 local names = {} -- by model, under which it is counted
@@ -165,6 +166,10 @@ local function settle(from)
 	local hour, session, session_key = ARGV[from + 12], ARGV[from + 13], KEYS[tonumber(ARGV[from + 14])]
 	local keeps, alone = ARGV[from + 15] == '1', ARGV[from + 16] == '1'
 
+	if session_key then -- a wrong one is its own request's trouble
+		redis.call('SISMEMBER', sessions, '')
+		redis.call('HEXISTS', session_key, '')
+	end
 	local known = redis.call('SISMEMBER', done, id) == 1
 	local held = redis.call('HGET', pending, id)
 	local estimate = kind == 'settle' and redis.call('HGET', lost, id)
@@ -246,5 +251,5 @@ for from = 2, #ARGV, FIELDS do
 	end
 	results[#results + 1] = result
 end
-add_all()
+results[#results + 1] = add_all()
 return results

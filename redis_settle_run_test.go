@@ -167,6 +167,46 @@ func TestDamagedEstimateIsSetAsideAlone(t *testing.T) {
 	}
 }
 
+// settlementsOf returns n settlements of a key, for 7 each.
+func settlementsOf(keyID string, n int) (batch []settlement) {
+	for range n {
+		batch = append(batch, settlement{Kind: settleEvent, Event: Event{KeyID: keyID, RequestID: newRequestID(), Cost: 7, Model: "m", Outcome: OutcomeCompleted}})
+	}
+	return batch
+}
+
+// What is wrong with a session is not to be at the cost of the others in its run.
+func TestDamagedSessionSpoilsNothingElse(t *testing.T) {
+	s := openStill(t, redisModule(t, startRedis(t).address))
+	batch := settlementsOf("sum", maxSettleRun)
+	batch[3].Event.SessionID = "s"
+	s.client.HSet(t.Context(), s.key("sum", "session:s"), "cost "+hourOfRequest(batch[3].Event.RequestID)+" m", "1.5")
+	kind := settlementsOf("kind", maxSettleRun)
+	kind[3].Event.SessionID = "s"
+	s.client.Set(t.Context(), s.key("kind", "session:s"), "not a hash", 0)
+	fates := s.enter(append(batch, kind...))
+	for i, f := range fates {
+		want := entered
+		if i == maxSettleRun+3 {
+			want = wasSetAside
+		}
+		if f != want {
+			t.Errorf("fate of %d is %d, want %d", i, f, want)
+		}
+	}
+	for keyID, total := range map[string]string{"sum": "224", "kind": "217"} {
+		if b := readRedis(t, s, keyID); b.total != total || strconv.FormatInt(int64(b.sum), 10) != total {
+			t.Errorf("%s has spent %s, and its ledger says %d; want %s", keyID, b.total, b.sum, total)
+		}
+		if s.client.TTL(t.Context(), s.key(keyID, "account")).Val() <= 0 {
+			t.Errorf("the account of %s has no TTL", keyID)
+		}
+	}
+	if aside := s.journal.countAside(); aside != 1 || s.degraded() {
+		t.Errorf("%d are aside, degraded: %t", aside, s.degraded())
+	}
+}
+
 // BenchmarkRedisSettle says beside the time of an entry what Redis computed for it.
 func BenchmarkRedisSettle(b *testing.B) {
 	server := startRedis(b, "--appendonly", "no")

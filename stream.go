@@ -172,7 +172,7 @@ func (s *stream) read(event []byte) verdict {
 		return verdict{insert: e.frame(s.a.x.event.RequestID)}
 	}
 	s.a.trace.read(payload)
-	if s.head == nil && s.a.req.includeUsage {
+	if s.head == nil && said.choices > 0 && s.a.req.includeUsage { // Azure's first event has no choices, and no id
 		s.head = said.head(payload)
 	}
 	s.answered = s.answered || said.choices > 0

@@ -90,7 +90,11 @@ func (r *chatRequest) estimate(s *served) usage {
 	if r.images != nil {
 		return usage{}
 	}
-	u := usage{prompt: r.prompt.estimate(r.body), completion: s.text.estimate()}
+	var body []byte
+	if r.prompt.kept == nil { // else another goroutine may be letting go of it
+		body = r.body
+	}
+	u := usage{prompt: r.prompt.estimate(body), completion: s.text.estimate()}
 	if s.by != nil && r.wantsMiddleOut(s.by) { // more than that was not sent
 		u.prompt = min(u.prompt, s.by.context)
 	}
