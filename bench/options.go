@@ -56,7 +56,7 @@ func parseOptions(args []string) (*options, error) {
 	f.DurationVar(&o.duration, "duration", 2*time.Second, "of each measurement in each round")
 	f.IntVar(&o.rounds, "rounds", 7, "how often each target has its turn")
 	f.IntVar(&o.connections, "c", 32, "connections of the client; reverse_proxy keeps 32 idle ones to an upstream")
-	f.Float64Var(&o.rate, "rate", 0, "requests/s of the open loop (default: half of what the first target does at saturation)")
+	f.Float64Var(&o.rate, "rate", 0, "requests/s of the open loop (default: half of what the slowest target does at saturation)")
 	f.IntVar(&o.prompt, "prompt", 2000, "size of a prompt in bytes")
 	f.IntVar(&o.streams.atOnce, "streams", 8, "streams at once when frames are timed")
 	f.IntVar(&o.streams.frames.count, "frames", 50, "frames of a stream")

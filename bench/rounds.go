@@ -91,8 +91,12 @@ func (c *contest) measureCompletions(ctx context.Context) error {
 			return err
 		}
 	}
-	if c.rate == 0 {
-		c.rate = c.summary(throughput, c.results.targets[0].name).Median / 2
+	if c.rate == 0 { // half of what the slowest can do: of more than that, there is only a queue to be measured
+		for _, t := range c.results.targets {
+			if half := c.summary(throughput, t.name).Median / 2; c.rate == 0 || half < c.rate {
+				c.rate = half
+			}
+		}
 	}
 	return c.inRounds(ctx, fmt.Sprintf("%.0f requests/s", c.rate), c.rounds, c.latencyOf)
 }
