@@ -152,7 +152,7 @@ func TestJobAnswersWhatASynchronousClientWouldHaveGot(t *testing.T) {
 		}
 		eventually(t, "the ledger has one entry", func() bool { return len(g.ledgerOf(j.RequestID)) == 1 })
 
-		for name, path := range map[string]string{"another": jobsPath + "/job_01ARZ3NDEKTSV4RRFFQ69G5FAV", "malformed": jobsPath + "/x", "short": jobsPath + "/job_01ARZ3NDEKTSV4RRFFQ69G5FA"} {
+		for name, path := range map[string]string{"another": jobsPath + "/job_01ARZ3NDEKTSV4RRFFQ69G5FAV", "malformed": jobsPath + "/x", "short": jobsPath + "/job_01ARZ3NDEKTSV4RRFFQ69G5FA", "none": jobsPath} {
 			if r := g.do(http.MethodGet, path, ""); r.StatusCode != http.StatusNotFound || r.errorCode(t) != "not_found" {
 				t.Errorf("%s: %s %s", name, r.Status, r.body)
 			}
@@ -162,13 +162,40 @@ func TestJobAnswersWhatASynchronousClientWouldHaveGot(t *testing.T) {
 				t.Errorf("%s by another: %s %s", method, r.Status, r.body)
 			}
 		}
-		if r := g.do(http.MethodPost, path, "{}"); r.StatusCode != http.StatusMethodNotAllowed || r.Header.Get("Allow") != "GET, DELETE" {
-			t.Errorf("%s, Allow: %s", r.Status, r.Header.Get("Allow"))
+		for _, path := range []string{path, jobsPath} {
+			if r := g.do(http.MethodPost, path, "{}"); r.StatusCode != http.StatusMethodNotAllowed || r.Header.Get("Allow") != "GET, DELETE" {
+				t.Errorf("%s, Allow: %s", r.Status, r.Header.Get("Allow"))
+			}
 		}
 		if after := g.do(http.MethodDelete, path, "").job(t, 200); after.Status != JobCompleted || string(after.Response) != string(want.body) {
 			t.Errorf("cancelled after its end: %+v", after)
 		}
 	})
+}
+
+// TestLocationHasThePrefixOfTheRequest has the gateway below a path.
+func TestLocationHasThePrefixOfTheRequest(t *testing.T) {
+	up := startUpstream(t, answers(200, "application/json", completion))
+	inner := jobSite("store local $DIR/mesh.db", "", "")
+	g := startGateway(t, up.address(), "handle_path /llm/* {\n"+inner+"\n}\nhandle_path \"/a b/*\" {\n"+strings.Replace(inner, "mesh.db", "other.db", 1)+"\n}\n"+
+		"rewrite /chat /v1/chat/completions\nhandle {\n"+strings.Replace(inner, "mesh.db", "third.db", 1)+"\n}")
+	for path, prefix := range map[string]string{
+		"/llm/v1/chat/completions": "/llm", "//llm/v1/chat/completions": "/llm", "/a%20b/v1/chat/completions": "/a%20b",
+		"/v1/chat/completions": "", "/chat": "",
+	} {
+		r := g.do(http.MethodPost, path, asyncBody)
+		j := r.job(t, http.StatusAccepted)
+		if got := r.Header.Get("Location"); got != prefix+jobsPath+"/"+j.ID {
+			t.Errorf("%s: %s", path, got)
+			continue
+		}
+		g.becomes(r.Header.Get("Location"), JobCompleted)
+	}
+	r := g.do(http.MethodPost, "/llm"+templatesPath, `{"name":"greet","system":"Greet."}`)
+	id := r.template(t, http.StatusCreated).ID
+	if got := r.Header.Get("Location"); got != "/llm"+templatesPath+"/"+id || g.do(http.MethodGet, got, "").StatusCode != http.StatusOK {
+		t.Errorf("the template is at %s", got)
+	}
 }
 
 func TestCancelledJobStopsItsUpstream(t *testing.T) {
