@@ -24,6 +24,9 @@ type jobRunner struct {
 	store JobStore // nil where it has not been started, or the store keeps no jobs
 	queue string
 
+	slots *jobSlots  // a worker that takes a job, or waits for one, has one of them
+	turn  sync.Mutex // of the worker that waits for a slot
+
 	queueless atomic.Bool // it is not to run any: see (*App).settleQueues
 
 	halting context.Context // ends when the configuration does
@@ -55,7 +58,7 @@ func (r *jobRunner) start() error {
 		r.h.releaseStore()
 		return nil
 	}
-	r.store = jobs
+	r.store, r.slots = jobs, r.h.shareJobSlots()
 	go r.live()
 	return nil
 }
@@ -64,6 +67,7 @@ func (r *jobRunner) start() error {
 func (r *jobRunner) live() {
 	defer close(r.ended)
 	defer r.h.releaseStore()
+	defer r.h.leaveJobSlots()
 	jobRunners.Store(r, nil)
 	defer jobRunners.Delete(r)
 	var tending sync.WaitGroup
@@ -135,15 +139,34 @@ func (r *jobRunner) take() {
 }
 
 func (r *jobRunner) worker() {
-	for {
-		run, err := r.store.TakeJob(r.halting, r.queue)
-		if err != nil {
-			return
-		}
-		r.add(run)
-		r.work(run)
-		r.remove(run)
+	for r.workOnce() == nil {
 	}
+}
+
+// workOnce waits for a job and runs it. It returns an error only when the runner is to take no more.
+func (r *jobRunner) workOnce() error {
+	if err := r.takeSlot(); err != nil {
+		return err
+	}
+	defer r.slots.free()
+	run, err := r.store.TakeJob(r.halting, r.queue)
+	if err != nil {
+		return err
+	}
+	r.add(run)
+	defer r.remove(run)
+	if r.halting.Err() != nil && r.giveBack(run) { // it was taken just then
+		return r.halting.Err()
+	}
+	r.work(run)
+	return nil
+}
+
+// takeSlot has one worker wait for all: each slot that is free again would wake them else.
+func (r *jobRunner) takeSlot() error {
+	r.turn.Lock()
+	defer r.turn.Unlock()
+	return r.slots.take(r.halting, r.h.async.workers)
 }
 
 func (r *jobRunner) add(run *JobRun) {
@@ -206,15 +229,10 @@ func (r *jobRunner) sweep() {
 
 // work runs a job, and has the store know how it ended.
 func (r *jobRunner) work(run *JobRun) {
-	if r.halting.Err() != nil && caddy.Exiting() {
-		run.stop(errJobHalted) // it was taken while all were stopped
-	}
 	call, end := r.h.runJob(r.store, run)
 	cause := context.Cause(run.ctx)
 	if end.Event.Outcome == OutcomeClientGone && cause == errJobHalted {
-		if err := r.store.ReturnJob(context.Background(), run); err != nil {
-			r.log(run, "a job that was stopped could not be given back; it is run again after a while", err)
-		}
+		r.giveBack(run)
 		return
 	}
 	if cause == errJobCancelled {
@@ -224,6 +242,15 @@ func (r *jobRunner) work(run *JobRun) {
 		call.count()
 		collectors.jobs.WithLabelValues(string(end.Status)).Inc()
 	}
+}
+
+// giveBack has a job wait again.
+func (r *jobRunner) giveBack(run *JobRun) bool {
+	err := r.store.ReturnJob(context.Background(), run)
+	if err != nil {
+		r.log(run, "a job could not be given back", err)
+	}
+	return err == nil
 }
 
 // finish records the end of a job, and reports whether it is this one that counts. It tries for as long as the job may be

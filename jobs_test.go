@@ -173,31 +173,6 @@ func TestJobAnswersWhatASynchronousClientWouldHaveGot(t *testing.T) {
 	})
 }
 
-// TestLocationHasThePrefixOfTheRequest has the gateway below a path.
-func TestLocationHasThePrefixOfTheRequest(t *testing.T) {
-	up := startUpstream(t, answers(200, "application/json", completion))
-	inner := jobSite("store local $DIR/mesh.db", "", "")
-	g := startGateway(t, up.address(), "handle_path /llm/* {\n"+inner+"\n}\nhandle_path \"/a b/*\" {\n"+strings.Replace(inner, "mesh.db", "other.db", 1)+"\n}\n"+
-		"rewrite /chat /v1/chat/completions\nhandle {\n"+strings.Replace(inner, "mesh.db", "third.db", 1)+"\n}")
-	for path, prefix := range map[string]string{
-		"/llm/v1/chat/completions": "/llm", "//llm/v1/chat/completions": "/llm", "/a%20b/v1/chat/completions": "/a%20b",
-		"/v1/chat/completions": "", "/chat": "",
-	} {
-		r := g.do(http.MethodPost, path, asyncBody)
-		j := r.job(t, http.StatusAccepted)
-		if got := r.Header.Get("Location"); got != prefix+jobsPath+"/"+j.ID {
-			t.Errorf("%s: %s", path, got)
-			continue
-		}
-		g.becomes(r.Header.Get("Location"), JobCompleted)
-	}
-	r := g.do(http.MethodPost, "/llm"+templatesPath, `{"name":"greet","system":"Greet."}`)
-	id := r.template(t, http.StatusCreated).ID
-	if got := r.Header.Get("Location"); got != "/llm"+templatesPath+"/"+id || g.do(http.MethodGet, got, "").StatusCode != http.StatusOK {
-		t.Errorf("the template is at %s", got)
-	}
-}
-
 func TestCancelledJobStopsItsUpstream(t *testing.T) {
 	jobStores(t, func(t *testing.T, store string) {
 		gate, up := startGate(t)
@@ -331,7 +306,7 @@ func TestReloadLeavesRunningJobsAloneAndRunsOthersAnew(t *testing.T) {
 		g := startGateway(t, up.address(), config)
 		running, waiting := g.submit(asyncBody), g.submit(asyncBody)
 		eventually(t, "the first runs", func() bool { return gate.entered.Load() == 1 })
-		g.load("http://$ADDRESS {\n" + strings.Replace(config, "$UPSTREAM", next.address(), 1) + "\n}\n")
+		g.load("http://$ADDRESS {\n" + strings.NewReplacer("$UPSTREAM", next.address(), "workers 1", "workers 2").Replace(config) + "\n}\n")
 		if j := g.becomes(waiting, JobCompleted); !strings.Contains(string(j.Response), "Welcome") {
 			t.Errorf("what waited: %s", j.Response)
 		}
