@@ -13,8 +13,9 @@ import (
 )
 
 const (
-	jobRetry = time.Second     // after a store that could not take the end of a job
-	haltTime = 5 * time.Second // for what is on its way when the configuration or the process ends
+	jobRetry   = time.Second     // after a store that could not take the end of a job
+	haltTime   = 5 * time.Second // for what is on its way when the configuration or the process ends
+	returnTime = 2 * time.Second // for what the end of the process has stopped to be in the store
 )
 
 // jobRunner is a handler's pool of workers. It holds the store until its last job has ended, which may be after the end
@@ -34,6 +35,7 @@ type jobRunner struct {
 	idle    chan struct{} // is closed when the last job has ended, and none will begin
 	ended   chan struct{} // is closed when all has ended
 	stopped sync.Once
+	exited  sync.Once
 
 	waiting atomic.Int64 // jobs in the queue, when they were last counted
 
@@ -77,7 +79,7 @@ func (r *jobRunner) live() {
 	tending.Wait()
 }
 
-// stop has no further jobs begin. Those that run go on, unless the process ends: then they are stopped, and wait again.
+// stop has no further jobs begin. Those that run go on, unless the process ends.
 func (r *jobRunner) stop() {
 	if r != nil { // which it is where the configuration was wrong
 		r.stopped.Do(r.stopOnce)
@@ -86,17 +88,42 @@ func (r *jobRunner) stop() {
 
 func (r *jobRunner) stopOnce() {
 	r.halt()
-	if r.store == nil {
-		return
+	switch {
+	case r.store == nil:
+	case caddy.Exiting():
+		r.exit()
+	case r.running() == 0:
+		r.endsWithin(haltTime)
 	}
-	if caddy.Exiting() {
-		r.haltAll()
-	} else if r.running() > 0 {
-		return
-	}
+}
+
+// exit ends the runner with the process. A job that comes to its end while that is waited for has ended as any other; those
+// that do not are stopped, and wait again.
+func (r *jobRunner) exit() {
+	r.exited.Do(func() {
+		if !r.endsWithin(haltTime) {
+			r.haltAll()
+			r.endsWithin(returnTime) // whoever is started next finds what is left
+		}
+	})
+}
+
+// exitJobs ends the runners of all configurations there were, when the process ends.
+func exitJobs() {
+	var exiting sync.WaitGroup
+	jobRunners.Range(func(runner, _ any) bool {
+		exiting.Go(runner.(*jobRunner).exit)
+		return true
+	})
+	exiting.Wait()
+}
+
+func (r *jobRunner) endsWithin(limit time.Duration) bool {
 	select {
 	case <-r.ended:
-	case <-time.After(haltTime): // whoever is started next finds what is left
+		return true
+	case <-time.After(limit):
+		return false
 	}
 }
 
@@ -104,7 +131,7 @@ func (r *jobRunner) haltAll() {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	for _, run := range r.runs {
-		run.stop(errJobHalted)
+		run.halt()
 	}
 }
 

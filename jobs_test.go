@@ -292,10 +292,10 @@ func TestResultThatIsTooLargeFailsTheJobAndIsCharged(t *testing.T) {
 	if !strings.Contains(string(j.Error), "result_too_large") {
 		t.Errorf("%s", j.Error)
 	}
-	eventually(t, "it is charged", func() bool {
-		r := g.do(http.MethodGet, requestsPath+j.RequestID, "")
-		return r.StatusCode == 200 && strings.Contains(string(r.body), `"0.0045"`)
-	})
+	if e := g.publicEvent(j.RequestID); e.Cost != 4_500_000 || e.CompletionTokens != 200 || e.Outcome != OutcomeError || e.Status != "error" ||
+		e.StatusCode != http.StatusBadGateway || e.ErrorCode != "result_too_large" {
+		t.Errorf("%+v", e)
+	}
 }
 
 func TestReloadLeavesRunningJobsAloneAndRunsOthersAnew(t *testing.T) {
