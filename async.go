@@ -11,7 +11,8 @@ import (
 
 // Async sets up jobs: requests with `async_mode`, which are answered later.
 type Async struct {
-	// How many jobs this instance runs at the same time; 0: none, so that others do. Default: 8.
+	// How many jobs this instance runs at the same time; 0: none, so that others do. Those that run on after a reload count,
+	// and so do those of other handlers with the same store and queue. Default: 8.
 	Workers *int64 `json:"workers,omitempty"`
 
 	// How long a job can be asked for after its end. Default: 24 hours.

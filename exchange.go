@@ -54,7 +54,7 @@ func findEndpoint(path string) *endpoint {
 		return &compareEndpoint
 	case path == selectPath:
 		return &selectEndpoint
-	case strings.HasPrefix(path, jobsPath+"/"):
+	case path == jobsPath, strings.HasPrefix(path, jobsPath+"/"):
 		return &jobEndpoint
 	case path == modelsPath:
 		return &modelsEndpoint
@@ -274,6 +274,19 @@ func (x *exchange) answerWith(status int, v any) *apiError {
 		x.h.logger.Debug("client did not take the answer", zap.Error(err))
 	}
 	return nil
+}
+
+// locate tells the client where to find what its request has made: under the prefix that it asks for the gateway with, and
+// that `handle_path` has taken off.
+func (x *exchange) locate(path string) {
+	prefix := ""
+	if original, ok := x.r.Context().Value(caddyhttp.OriginalRequestCtxKey).(http.Request); ok {
+		before, stripped := strings.CutSuffix(original.URL.EscapedPath(), x.r.URL.EscapedPath())
+		if before = strings.Trim(before, "/"); stripped && before != "" { // two slashes would begin the name of a host
+			prefix = "/" + before
+		}
+	}
+	x.w.Header().Set("Location", prefix+path)
 }
 
 // refuse writes an error to the client: the one place that does.

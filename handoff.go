@@ -182,9 +182,10 @@ func anyOpen(candidates []candidate) bool {
 	return false
 }
 
+const clientClosedRequest = 499 // nginx's, and reverse_proxy's, number for the access log
+
 // clientLeft ends a request whose client left before the first byte of an answer.
 func (x *exchange) clientLeft(a *answer) *served {
-	const clientClosedRequest = 499 // nginx's, and reverse_proxy's, number for the access log
 	if !x.gate.close() {
 		x.w.WriteHeader(clientClosedRequest)
 	}

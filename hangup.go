@@ -79,5 +79,22 @@ func (h *Hangup) drain(ctx context.Context, cancel context.CancelFunc) {
 	case <-ctx.Done():
 	case <-time.After(time.Duration(h.DrainTimeout)):
 		cancel()
+	case <-endOfDrain(ctx):
+		cancel()
 	}
+}
+
+// drainEndKey is the key of a context's endOfDrain.
+type drainEndKey struct{}
+
+// drainable returns a context for requests that are cancelled at end, also where they are drained.
+func drainable(parent context.Context) (ctx context.Context, end context.CancelFunc) {
+	ended, end := context.WithCancel(parent)
+	return context.WithValue(parent, drainEndKey{}, ended.Done()), end
+}
+
+// endOfDrain returns what ends the drains of a request, or nil where only the upstream does.
+func endOfDrain(ctx context.Context) <-chan struct{} {
+	ended, _ := ctx.Value(drainEndKey{}).(<-chan struct{})
+	return ended
 }

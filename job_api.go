@@ -63,7 +63,7 @@ func (x *exchange) submit(store Store, req *chatRequest, candidates []candidate)
 	if refusal := x.admit(s, req, candidates); refusal != nil {
 		return refusal
 	}
-	x.w.Header().Set("Location", jobsPath+"/"+job.ID)
+	x.locate(jobsPath + "/" + job.ID)
 	return x.answerWith(http.StatusAccepted, job.view())
 }
 

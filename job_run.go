@@ -33,6 +33,10 @@ func (h *Handler) runJob(store Store, run *JobRun) (call *exchange, end JobEnd) 
 	ledger := &jobLedger{Store: store}
 	refusal := call.runJob(ledger, run)
 	e := &call.event
+	if most := h.async.maxResult; refusal == nil && e.Outcome == OutcomeCompleted && int64(taker.body.Len()) > most {
+		refusal = errorf(http.StatusBadGateway, "result_too_large", "The answer has %d bytes, and that of a job may have %d.", taker.body.Len(), most)
+		e.Outcome = OutcomeError // at the cost of the answer
+	}
 	if refusal != nil {
 		e.Status, e.Error = refusal.status, refusal.code
 	}
@@ -41,9 +45,6 @@ func (h *Handler) runJob(store Store, run *JobRun) (call *exchange, end JobEnd) 
 		e.Duration = e.Time.Sub(call.started)
 	}
 	end = JobEnd{Status: JobCompleted, Response: taker.body.Bytes(), Event: *e}
-	if most := h.async.maxResult; refusal == nil && int64(taker.body.Len()) > most {
-		refusal = errorf(http.StatusBadGateway, "result_too_large", "The answer has %d bytes, and that of a job may have %d.", taker.body.Len(), most)
-	}
 	if refusal == nil && e.Outcome != OutcomeCompleted {
 		refusal = errorf(http.StatusBadGateway, "upstream_error", "The model's answer broke off.")
 	}

@@ -13,8 +13,9 @@ import (
 )
 
 const (
-	jobRetry = time.Second     // after a store that could not take the end of a job
-	haltTime = 5 * time.Second // for what is on its way when the configuration or the process ends
+	jobRetry   = time.Second     // after a store that could not take the end of a job
+	haltTime   = 5 * time.Second // for what is on its way when the configuration or the process ends
+	returnTime = 2 * time.Second // for what the end of the process has stopped to be in the store
 )
 
 // jobRunner is a handler's pool of workers. It holds the store until its last job has ended, which may be after the end
@@ -24,6 +25,9 @@ type jobRunner struct {
 	store JobStore // nil where it has not been started, or the store keeps no jobs
 	queue string
 
+	slots *jobSlots  // a worker that takes a job, or waits for one, has one of them
+	turn  sync.Mutex // of the worker that waits for a slot
+
 	queueless atomic.Bool // it is not to run any: see (*App).settleQueues
 
 	halting context.Context // ends when the configuration does
@@ -31,6 +35,7 @@ type jobRunner struct {
 	idle    chan struct{} // is closed when the last job has ended, and none will begin
 	ended   chan struct{} // is closed when all has ended
 	stopped sync.Once
+	exited  sync.Once
 
 	waiting atomic.Int64 // jobs in the queue, when they were last counted; negative where they could not be
 
@@ -55,7 +60,7 @@ func (r *jobRunner) start() error {
 		r.h.releaseStore()
 		return nil
 	}
-	r.store = jobs
+	r.store, r.slots = jobs, r.h.shareJobSlots()
 	go r.live()
 	return nil
 }
@@ -64,6 +69,7 @@ func (r *jobRunner) start() error {
 func (r *jobRunner) live() {
 	defer close(r.ended)
 	defer r.h.releaseStore()
+	defer r.h.leaveJobSlots()
 	jobRunners.Store(r, nil)
 	defer jobRunners.Delete(r)
 	var tending sync.WaitGroup
@@ -73,7 +79,7 @@ func (r *jobRunner) live() {
 	tending.Wait()
 }
 
-// stop has no further jobs begin. Those that run go on, unless the process ends: then they are stopped, and wait again.
+// stop has no further jobs begin. Those that run go on, unless the process ends.
 func (r *jobRunner) stop() {
 	if r != nil { // which it is where the configuration was wrong
 		r.stopped.Do(r.stopOnce)
@@ -82,17 +88,42 @@ func (r *jobRunner) stop() {
 
 func (r *jobRunner) stopOnce() {
 	r.halt()
-	if r.store == nil {
-		return
+	switch {
+	case r.store == nil:
+	case caddy.Exiting():
+		r.exit()
+	case r.running() == 0:
+		r.endsWithin(haltTime)
 	}
-	if caddy.Exiting() {
-		r.haltAll()
-	} else if r.running() > 0 {
-		return
-	}
+}
+
+// exit ends the runner with the process. A job that comes to its end while that is waited for has ended as any other; those
+// that do not are stopped, and wait again.
+func (r *jobRunner) exit() {
+	r.exited.Do(func() {
+		if !r.endsWithin(haltTime) {
+			r.haltAll()
+			r.endsWithin(returnTime) // whoever is started next finds what is left
+		}
+	})
+}
+
+// exitJobs ends the runners of all configurations there were, when the process ends.
+func exitJobs() {
+	var exiting sync.WaitGroup
+	jobRunners.Range(func(runner, _ any) bool {
+		exiting.Go(runner.(*jobRunner).exit)
+		return true
+	})
+	exiting.Wait()
+}
+
+func (r *jobRunner) endsWithin(limit time.Duration) bool {
 	select {
 	case <-r.ended:
-	case <-time.After(haltTime): // whoever is started next finds what is left
+		return true
+	case <-time.After(limit):
+		return false
 	}
 }
 
@@ -100,7 +131,7 @@ func (r *jobRunner) haltAll() {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	for _, run := range r.runs {
-		run.stop(errJobHalted)
+		run.halt()
 	}
 }
 
@@ -135,15 +166,34 @@ func (r *jobRunner) take() {
 }
 
 func (r *jobRunner) worker() {
-	for {
-		run, err := r.store.TakeJob(r.halting, r.queue)
-		if err != nil {
-			return
-		}
-		r.add(run)
-		r.work(run)
-		r.remove(run)
+	for r.workOnce() == nil {
 	}
+}
+
+// workOnce waits for a job and runs it. It returns an error only when the runner is to take no more.
+func (r *jobRunner) workOnce() error {
+	if err := r.takeSlot(); err != nil {
+		return err
+	}
+	defer r.slots.free()
+	run, err := r.store.TakeJob(r.halting, r.queue)
+	if err != nil {
+		return err
+	}
+	r.add(run)
+	defer r.remove(run)
+	if r.halting.Err() != nil && r.giveBack(run) { // it was taken just then
+		return r.halting.Err()
+	}
+	r.work(run)
+	return nil
+}
+
+// takeSlot has one worker wait for all: each slot that is free again would wake them else.
+func (r *jobRunner) takeSlot() error {
+	r.turn.Lock()
+	defer r.turn.Unlock()
+	return r.slots.take(r.halting, r.h.async.workers)
 }
 
 func (r *jobRunner) add(run *JobRun) {
@@ -208,15 +258,10 @@ func (r *jobRunner) sweep() {
 
 // work runs a job, and has the store know how it ended.
 func (r *jobRunner) work(run *JobRun) {
-	if r.halting.Err() != nil && caddy.Exiting() {
-		run.stop(errJobHalted) // it was taken while all were stopped
-	}
 	call, end := r.h.runJob(r.store, run)
 	cause := context.Cause(run.ctx)
 	if end.Event.Outcome == OutcomeClientGone && cause == errJobHalted {
-		if err := r.store.ReturnJob(context.Background(), run); err != nil {
-			r.log(run, "a job that was stopped could not be given back; it is run again after a while", err)
-		}
+		r.giveBack(run)
 		return
 	}
 	if cause == errJobCancelled {
@@ -226,6 +271,15 @@ func (r *jobRunner) work(run *JobRun) {
 		call.count()
 		collectors.jobs.WithLabelValues(string(end.Status)).Inc()
 	}
+}
+
+// giveBack has a job wait again.
+func (r *jobRunner) giveBack(run *JobRun) bool {
+	err := r.store.ReturnJob(context.Background(), run)
+	if err != nil {
+		r.log(run, "a job could not be given back", err)
+	}
+	return err == nil
 }
 
 // finish records the end of a job, and reports whether it is this one that counts. It tries for as long as the job may be

@@ -123,14 +123,24 @@ type JobRun struct {
 	ctx  context.Context // ends when it is to be stopped; its cause says why
 	stop context.CancelCauseFunc
 
+	endDrain context.CancelFunc // nobody waits any more for what comes of it after that
+
 	token string // shows that the run is this one
 	entry string // of the job in a stream
 }
 
 func newJobRun(j *Job, body []byte) *JobRun {
 	run := &JobRun{Job: j, Body: body, token: ulid.Make().String()}
-	run.ctx, run.stop = context.WithCancelCause(context.Background())
+	var ctx context.Context
+	ctx, run.endDrain = drainable(context.Background())
+	run.ctx, run.stop = context.WithCancelCause(ctx)
 	return run
+}
+
+// halt stops it because the process ends, which does not wait for answers that are drained.
+func (run *JobRun) halt() {
+	run.endDrain()
+	run.stop(errJobHalted)
 }
 
 // JobEnd is how a job ended.
@@ -168,9 +178,15 @@ func (j *Job) abandoned(why *apiError, now time.Time) JobEnd {
 
 // cancelled is the end of a job that was not begun.
 func (j *Job) cancelled(now time.Time) JobEnd {
-	const clientClosedRequest = 499
 	e := j.uncharged()
 	e.Time, e.Status, e.Outcome = now.UTC(), clientClosedRequest, OutcomeClientGone
+	return JobEnd{Status: JobCancelled, Event: e}
+}
+
+// unsaid is the end of a job that was cancelled, and whose run did not live to say what it cost. It is charged by estimate.
+func (j *Job) unsaid(now time.Time) JobEnd {
+	e := j.Request.Pending
+	e.Time, e.Status = now.UTC(), clientClosedRequest
 	return JobEnd{Status: JobCancelled, Event: e}
 }
 

@@ -86,6 +86,13 @@ func (q *localQueue) call() {
 	}
 }
 
+// callAnother is for one who asks no more, and may have been called.
+func (l *localJobs) callAnother(queue string) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.queue(queue).call()
+}
+
 // next returns the job that has waited the longest, as one that runs; else a channel that says when to ask again.
 func (l *localJobs) next(queue string) (id string, run *JobRun, wake <-chan struct{}) {
 	l.mu.Lock()
@@ -257,6 +264,7 @@ func (s *localStore) TakeJob(ctx context.Context, queue string) (*JobRun, error)
 			return run, nil
 		}
 	}
+	s.jobs.callAnother(queue)
 	return nil, ctx.Err()
 }
 

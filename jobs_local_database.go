@@ -270,7 +270,7 @@ func (b *jobBuckets) reopen(waiting *[]*Job, now time.Time) error {
 		}
 		switch j.Status {
 		case JobCancelled:
-			end := j.abandoned(errJobDropped, now)
+			end := j.unsaid(now)
 			err = b.close(j, &end)
 		case JobInProgress:
 			j.Status, j.Started = JobQueued, time.Time{}

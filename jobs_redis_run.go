@@ -193,8 +193,7 @@ func (s *redisStore) beginJob(queue, id, entry string) (*JobRun, error) {
 		}
 		s.settleJob(j, e)
 	case said[0] == "ended" && j.Request != nil: // it was cancelled, and its run did not live to say what it cost
-		j.Runs = 1
-		return nil, s.FinishJob(context.Background(), run, j.abandoned(errJobDropped, s.now()))
+		return nil, s.FinishJob(context.Background(), run, j.unsaid(s.now()))
 	case said[0] == "ended": // and settled
 		_, err := s.jobScript(0, "settled", queue, id, id, max(1, seconds(j.Retention)))
 		return nil, err

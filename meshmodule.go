@@ -416,6 +416,9 @@ func (a *App) Stop() error {
 	for _, h := range a.handlers {
 		stopping.Go(h.jobs.stop)
 	}
+	if caddy.Exiting() {
+		stopping.Go(exitJobs)
+	}
 	stopping.Wait()
 	notices.leave(a)
 	return nil

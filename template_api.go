@@ -40,7 +40,7 @@ func (x *exchange) createTemplate() *apiError {
 	if refusal := x.changeTemplates(func(s *TemplateShelf) (*TemplateShelf, error) { return s.with(t) }); refusal != nil {
 		return refusal
 	}
-	x.w.Header().Set("Location", templatesPath+"/"+t.id)
+	x.locate(templatesPath + "/" + t.id)
 	return x.answerWith(http.StatusCreated, t.stored())
 }
 

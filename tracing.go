@@ -147,8 +147,7 @@ func (t *requestTrace) endAttempt(status int, r result, cause error) {
 			span.SetAttributes(attrServerPort.Int(n))
 		}
 	}
-	const clientClosedRequest = 499 // reverse_proxy's word, not the upstream's
-	if status != 0 && status != clientClosedRequest {
+	if status != 0 && status != clientClosedRequest { // which is reverse_proxy's word, not the upstream's
 		span.SetAttributes(attrStatus.Int(status))
 	}
 	if r == resultAnswered {
