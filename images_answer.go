@@ -30,7 +30,7 @@ func readImages(body []byte) (m madeImages, ok bool) {
 	c.eachMember(func(name []byte) {
 		switch string(name) {
 		case "created":
-			m.created, _ = c.count()
+			m.created, _ = c.natural()
 		case "output_format":
 			c.textOnce(&m.format)
 		case "data":

@@ -98,6 +98,7 @@ func TestEstimateIsToldWhereTheUpstreamCountsNothing(t *testing.T) {
 	for name, sent := range map[string]string{
 		"whole":        roleFrame + wordFrame + finishFrame + doneFrame,
 		"without done": roleFrame + wordFrame + finishFrame,
+		"nonsense":     roleFrame + wordFrame + finishFrame + strings.Replace(usageFrame, ":1000,", ":9007199254740993,", 1) + doneFrame,
 	} {
 		t.Run(name, func(t *testing.T) {
 			up := startUpstream(t, cutStream(sent, rand.New(rand.NewPCG(3, 4))))
