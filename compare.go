@@ -60,8 +60,9 @@ type comparison struct {
 
 	pinging sync.WaitGroup
 
-	judge    *innerCall // the one that compared; nil where none did
-	fallback bool       // and it was not the comparison model
+	judge    *innerCall   // the one that compared; nil where none did
+	fallback bool         // and it was not the comparison model
+	unjudged []*innerCall // those that were to compare, and could not
 }
 
 // compare serves POST /v1/chat/compare.
@@ -121,6 +122,9 @@ func (c *comparison) prepare(judge string) *apiError {
 	for _, model := range c.req.models {
 		call := c.newCall(model, c.req.bodyFor(model, c.req.stream && c.req.skip))
 		if call.refusal != nil {
+			if call.refusal.param == "model" { // of the call; the client has named it here
+				call.refusal.param = "models"
+			}
 			return call.refusal
 		}
 		c.calls = append(c.calls, call)
@@ -241,6 +245,7 @@ func (c *comparison) compare(store Store, answered []compareResult, out *compare
 			c.judge, c.fallback = call, i > 0
 			return
 		}
+		c.unjudged = append(c.unjudged, call)
 		if c.ctx.Err() != nil {
 			return
 		}
@@ -274,30 +279,61 @@ func errAllFailed(results []compareResult) *apiError {
 	return errorf(http.StatusBadGateway, "all_models_failed", "No model answered. %s", strings.Join(reasons, " "))
 }
 
+// comparisonError says why there is no comparison, or only the beginning of one.
+type comparisonError struct {
+	Code    string `json:"code"`
+	Message string `json:"message"`
+}
+
+// comparisonError returns nil where the comparison is whole, and where none was to be made.
+func (c *comparison) comparisonError() *comparisonError {
+	if c.judge != nil {
+		code, message := c.judge.failed()
+		if code == "" {
+			return nil
+		}
+		return &comparisonError{code, message}
+	}
+	if len(c.unjudged) == 0 {
+		return nil
+	}
+	var e comparisonError
+	reasons := []string{"No model could compare the answers."}
+	for _, call := range c.unjudged {
+		code, message := call.failed()
+		e.Code = cmp.Or(e.Code, code) // the comparison model's
+		reasons = append(reasons, call.model+": "+message)
+	}
+	e.Message = strings.Join(reasons, " ")
+	return &e
+}
+
 // compareSummary is the answer to a comparison.
 type compareSummary struct {
-	ID              string          `json:"comparison_id"`
-	Object          string          `json:"object"`
-	Created         int64           `json:"created"`
-	Models          []string        `json:"models"`
-	Results         []compareResult `json:"results"`
-	Comparison      *string         `json:"comparison"`
-	ComparisonModel *string         `json:"comparison_model"`
-	ComparisonUsage *callUsage      `json:"comparison_usage"`
-	FallbackUsed    bool            `json:"comparison_fallback_used"`
-	TotalLatencyMS  int64           `json:"total_latency_ms"`
-	Partial         bool            `json:"partial"`
-	SkipComparison  bool            `json:"skip_comparison"`
+	ID              string           `json:"comparison_id"`
+	Object          string           `json:"object"`
+	Created         int64            `json:"created"`
+	Models          []string         `json:"models"`
+	Results         []compareResult  `json:"results"`
+	Comparison      *string          `json:"comparison"`
+	ComparisonError *comparisonError `json:"comparison_error"`
+	ComparisonModel *string          `json:"comparison_model"`
+	ComparisonUsage *callUsage       `json:"comparison_usage"`
+	FallbackUsed    bool             `json:"comparison_fallback_used"`
+	TotalLatencyMS  int64            `json:"total_latency_ms"`
+	Partial         bool             `json:"partial"`
+	SkipComparison  bool             `json:"skip_comparison"`
 }
 
 func (c *comparison) summary() *compareSummary {
 	s := &compareSummary{
 		ID: c.id, Object: "compare.completion", Created: c.started.Unix(),
 		Models: c.req.models, Results: c.results,
-		FallbackUsed:   c.fallback,
-		TotalLatencyMS: time.Since(c.started).Milliseconds(),
-		Partial:        len(c.answered()) < len(c.results),
-		SkipComparison: c.req.skip,
+		ComparisonError: c.comparisonError(),
+		FallbackUsed:    c.fallback,
+		TotalLatencyMS:  time.Since(c.started).Milliseconds(),
+		Partial:         len(c.answered()) < len(c.results),
+		SkipComparison:  c.req.skip,
 	}
 	if c.judge != nil {
 		text := c.judge.taker.text()

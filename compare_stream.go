@@ -123,15 +123,13 @@ func (s *compareStream) end(c *comparison, failed *apiError) {
 	} else {
 		sum := c.summary()
 		var broke *string
-		if c.judge != nil {
-			if code, message := c.judge.failed(); code != "" {
-				broke = &message
-			}
+		if sum.ComparisonError != nil {
+			broke = &sum.ComparisonError.Message
 		}
 		s.send("compare.completed", map[string]any{ //nolint:errcheck // as above
 			"error":         broke,
 			"comparison_id": sum.ID, "object": sum.Object, "created": sum.Created, "models": sum.Models,
-			"comparison": sum.Comparison, "comparison_model": sum.ComparisonModel, "comparison_usage": sum.ComparisonUsage,
+			"comparison": sum.Comparison, "comparison_error": sum.ComparisonError, "comparison_model": sum.ComparisonModel, "comparison_usage": sum.ComparisonUsage,
 			"comparison_fallback_used": sum.FallbackUsed, "total_latency_ms": sum.TotalLatencyMS, "partial": sum.Partial,
 			"skip_comparison": sum.SkipComparison,
 		})

@@ -15,7 +15,8 @@ import (
 )
 
 // compared is a provider whose models answer with their own names. What a model is called says how it answers:
-// `bad…` with 500, `slow…` not until the client leaves, `cut…` breaks off after a piece, all others at once.
+// `bad…` with 500, and `shy…` where it is to compare; `long…` that the request is too long; `slow…` not until the client leaves;
+// `cut…` breaks off after a piece; all others at once.
 func compared(t testing.TB) *upstream {
 	return startUpstream(t, func(w http.ResponseWriter, r *http.Request) {
 		body, _ := io.ReadAll(r.Body)
@@ -27,6 +28,17 @@ func compared(t testing.TB) *upstream {
 		switch {
 		case strings.HasPrefix(asked.Model, "bad"):
 			answers(500, "application/json", `{"error":{"message":"out of order"}}`)(w, r)
+			return
+		case strings.HasPrefix(asked.Model, "shy") && strings.Contains(string(body), "You compare answers"):
+			answers(500, "application/json", `{"error":{"message":"out of order"}}`)(w, r)
+			return
+		case strings.HasPrefix(asked.Model, "long"):
+			const tooLong = `{"error":{"message":"Too long.","type":"invalid_request_error","code":"context_length_exceeded"}}`
+			if asked.Stream {
+				answers(200, "text/event-stream", roleFrame+"data: "+tooLong+"\n\n")(w, r)
+			} else {
+				answers(200, "application/json", tooLong)(w, r)
+			}
 			return
 		case strings.HasPrefix(asked.Model, "slow"):
 			<-r.Context().Done()
@@ -109,7 +121,7 @@ func TestComparisonHasTheShapeOfTheAPI(t *testing.T) {
 		t.Errorf("usage %+v %+v", c.Results[0].Usage, c.Results[1].Usage)
 	}
 	for _, name := range []string{"comparison_id", "object", "created", "models", "results", "comparison", "comparison_model", "comparison_usage",
-		"comparison_fallback_used", "total_latency_ms", "partial", "skip_comparison"} {
+		"comparison_fallback_used", "total_latency_ms", "partial", "skip_comparison", "comparison_error"} {
 		if _, ok := r.decode(t)[name]; !ok {
 			t.Errorf("the answer has no %s", name)
 		}
@@ -403,6 +415,85 @@ func TestClientThatLeavesEndsEveryCall(t *testing.T) {
 				t.Errorf("%+v", e)
 			}
 		}
+	}
+}
+
+func TestRequestThatIsAtFaultIsToldSoByEachModel(t *testing.T) {
+	g := compareGateway(t, compared(t), "")
+	for _, more := range []string{"", `,"stream":true`, `,"skip_comparison":true`, `,"skip_comparison":true,"stream":true`} {
+		r := g.compare(compareBody(`"test/long","test/a"`, more))
+		var c comparedAs
+		if strings.Contains(more, "stream") {
+			c = readComparison(t, r.body).whole(t)
+		} else {
+			c = r.comparison(t)
+		}
+		if failed := c.Results[0]; failed.Error == nil || *failed.Error != "Too long." || *failed.ErrorCode != "context_length_exceeded" || c.Results[1].Error != nil {
+			t.Errorf("%s: %s", more, r.body)
+		}
+	}
+}
+
+func TestModelsThatDoNotExistAreTheFaultOfModels(t *testing.T) {
+	g := compareGateway(t, compared(t), "")
+	for body, want := range map[string]string{
+		compareBody(`"test/a","nobody/b"`, ""):                             "models",
+		compareBody(`"test/a","test/b"`, `,"comparison_model":"nobody/b"`): "comparison_model",
+	} {
+		r := g.compare(body)
+		var said errorBody
+		if err := json.Unmarshal(r.body, &said); err != nil || said.Error.Param == nil || *said.Error.Param != want {
+			t.Errorf("%s: %s", body, r.body)
+		}
+	}
+}
+
+func TestComparisonSaysWhyThereIsNone(t *testing.T) {
+	up := compared(t)
+	g := compareGateway(t, up, "")
+	for _, tc := range []struct {
+		name, models, more string
+		code, message      string // empty: there is nothing to say
+	}{
+		{name: "all is well", models: `"test/a","test/b"`},
+		{name: "another takes its place", models: `"test/a","test/b"`, more: `,"comparison_model":"test/bad"`},
+		{name: "nothing to compare", models: `"test/a","test/bad"`, more: `,"comparison_model":"test/bad"`},
+		{name: "nobody is to compare", models: `"test/a","test/b"`, more: `,"comparison_model":"test/bad","skip_comparison":true`},
+		{name: "nobody can", models: `"test/shy1","test/shy2"`, more: `,"comparison_model":"test/long"`, code: "context_length_exceeded",
+			message: "No model could compare the answers. test/long: Too long. test/shy1: The upstream failed (status 500). test/shy2: The upstream failed (status 500)."},
+	} {
+		for _, stream := range []bool{false, true} {
+			r := g.compare(compareBody(tc.models, fmt.Sprintf(`%s,"stream":%t`, tc.more, stream)))
+			var told struct{ Error *string }
+			var c comparedAs
+			if stream {
+				c = readComparison(t, r.body).whole(t)
+				events := strings.Split(string(r.body), "data: ")
+				if err := json.Unmarshal([]byte(strings.TrimSpace(events[len(events)-2])), &told); err != nil {
+					t.Fatal(err)
+				}
+			} else {
+				c = r.comparison(t)
+			}
+			e := c.ComparisonError
+			if tc.code == "" {
+				if e != nil || told.Error != nil {
+					t.Errorf("%s, stream %t: %+v", tc.name, stream, e)
+				}
+				continue
+			}
+			if c.Comparison != nil || e == nil || e.Code != tc.code || e.Message != tc.message || stream != (told.Error != nil) || stream && *told.Error != e.Message {
+				t.Errorf("%s, stream %t: %+v in %s", tc.name, stream, e, r.body)
+			}
+		}
+	}
+}
+
+func TestComparisonThatTheCapDoesNotAdmitSaysSo(t *testing.T) {
+	g := compareGateway(t, compared(t), "\tkey "+otherKey+" {\n\t\tspend_cap_usd 0.001\n\t}\n")
+	c := g.compare(compareBody(`"test/a","paid/b"`, ""), "Authorization", "Bearer "+otherKey).comparison(t)
+	if c.Partial || c.Comparison != nil || c.ComparisonError == nil || c.ComparisonError.Code != "spend_limit_exceeded" {
+		t.Errorf("%+v %+v", c, c.ComparisonError)
 	}
 }
 

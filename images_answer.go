@@ -3,6 +3,8 @@ package mesh
 import (
 	"bytes"
 	"cmp"
+	"encoding/base64"
+	"net/http"
 	"strconv"
 	"strings"
 	"time"
@@ -30,7 +32,7 @@ func readImages(body []byte) (m madeImages, ok bool) {
 	c.eachMember(func(name []byte) {
 		switch string(name) {
 		case "created":
-			m.created, _ = c.count()
+			m.created, _ = c.natural()
 		case "output_format":
 			c.textOnce(&m.format)
 		case "data":
@@ -84,8 +86,15 @@ func (m *madeImages) usage(c *cursor) {
 	})
 }
 
-// mediaType is the type of the images that are in the answer itself.
-func (m *madeImages) mediaType() string {
+// mediaType is the type of an image that is in the answer itself: what its first bytes say, or else the answer.
+func (m *madeImages) mediaType(inline []byte) string {
+	const enough = 32                                                                        // characters, of which each four are three bytes; WebP shows in the fifteenth
+	head := bytes.ReplaceAll(inline[:min(2*enough, len(inline))], []byte(`\/`), []byte("/")) // as some write JSON
+	var decoded [enough * 3 / 4]byte
+	n, _ := base64.StdEncoding.Decode(decoded[:], head[:min(enough, len(head))]) // what is no Base64 begins like no image
+	if found := http.DetectContentType(decoded[:n]); strings.HasPrefix(found, "image/") {
+		return found
+	}
 	notToken := func(r rune) bool { return (r < 'a' || r > 'z') && (r < '0' || r > '9') }
 	if m.format == "" || strings.ContainsFunc(m.format, notToken) {
 		return "image/png"
@@ -121,7 +130,7 @@ func (m *madeImages) appendMessage(b []byte) []byte {
 		if len(one.url) > 0 {
 			b = append(b, one.url...)
 		} else {
-			b = append(append(append(append(b, "data:"...), m.mediaType()...), ";base64,"...), one.inline...)
+			b = append(append(append(append(b, "data:"...), m.mediaType(one.inline)...), ";base64,"...), one.inline...)
 		}
 		b = append(b, `"}}`...)
 	}

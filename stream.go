@@ -181,6 +181,9 @@ func (s *stream) read(event []byte) verdict {
 	}
 	s.finished = s.finished || said.finished
 	s.content = s.content || said.finished || said.hasUsage && said.choices > 0 || result.text.bytes > before
+	if said.badUsage && said.choices == 0 {
+		return verdict{} // as if there were none: who wants usage gets an estimate
+	}
 	if !said.hasUsage {
 		return passed
 	}

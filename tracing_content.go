@@ -60,7 +60,7 @@ func (a *answerContent) choice(c *cursor, text bool) {
 	c.eachMember(func(name []byte) {
 		switch string(name) {
 		case "index":
-			index, _ = c.count()
+			index, _ = c.natural()
 		case "finish_reason":
 			c.textOnce(&one.finish)
 		case "delta", "message":

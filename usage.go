@@ -108,6 +108,7 @@ type said struct {
 	finished bool // a choice says why it ended
 	usage    usage
 	hasUsage bool
+	badUsage bool // it has one that cannot be believed
 	failed   bool // it has a member error, and is no answer
 	usageEnd int  // the offset of the last brace of its usage
 	cost     span // the value of a member cost that is there already
@@ -134,7 +135,9 @@ func readAnswer(text []byte, t *textSample) (s said) {
 				s.finished = c.choice(t) || s.finished
 			})
 		case "usage":
+			isObject := c.peek() == '{'
 			s.usage, s.hasUsage = c.usage()
+			s.badUsage = isObject && !s.hasUsage
 			s.usageEnd = c.pos - 1
 		case "error":
 			s.failed = c.peek() != 'n'
@@ -299,7 +302,8 @@ func (c *cursor) eachText(text func(raw []byte)) {
 	}
 }
 
-// usage reads OpenAI's usage object. It says nothing unless it has both counts.
+// usage reads OpenAI's usage object. It says nothing unless it has both counts. No part is more than its whole: what the ledger
+// says is what was charged.
 func (c *cursor) usage() (u usage, ok bool) {
 	hasPrompt, hasCompletion := false, false
 	c.eachMember(func(name []byte) {
@@ -316,6 +320,8 @@ func (c *cursor) usage() (u usage, ok bool) {
 			c.skip()
 		}
 	})
+	u.cached, u.promptAudio = min(u.cached, u.prompt), min(u.promptAudio, u.prompt)
+	u.completionAudio = min(u.completionAudio, u.completion)
 	return u, hasPrompt && hasCompletion
 }
 
@@ -334,8 +340,20 @@ func (c *cursor) tokenDetails() (cached, audio int64) {
 	return cached, audio
 }
 
-// count reads a number of tokens.
+// maxUsedTokens is how many tokens an answer may say it has used. To believe more, such as the 2^53+1 of a provider's bug, could
+// exhaust a key's spend for good.
+const maxUsedTokens = 1 << 30
+
+// count reads a number of tokens, if it is one that makes sense.
 func (c *cursor) count() (n int64, ok bool) {
+	if n, ok = c.natural(); n > maxUsedTokens {
+		return 0, false
+	}
+	return n, ok
+}
+
+// natural reads an integer that is not negative.
+func (c *cursor) natural() (n int64, ok bool) {
 	at := c.skip()
 	n, err := strconv.ParseInt(string(at.of(c.data)), 10, 64)
 	if err != nil || n < 0 {

@@ -6,7 +6,6 @@ import (
 	"net/http"
 	"slices"
 	"strconv"
-	"strings"
 	"time"
 )
 
@@ -115,9 +114,7 @@ func (u *usageRequest) query(keyID string) UsageQuery {
 	if q.To.IsZero() {
 		q.To = time.Now().UTC()
 	}
-	if rest := q.To.Sub(q.To.Truncate(time.Hour)); rest > 0 {
-		q.To = q.To.Truncate(time.Hour).Add(time.Hour)
-	}
+	q.To = roundUp(q.To, time.Hour)
 	return q
 }
 
@@ -271,141 +268,6 @@ func (x *exchange) sumUsage(store UsageStore, u *usageRequest) *apiError {
 		report.BySession = sessions.groups(func(name string) usageGroup { return usageGroup{Session: name} })
 	}
 	return x.answer(report)
-}
-
-// publicEvent is an entry of the ledger as its key's owner sees it.
-type publicEvent struct {
-	RequestID        string    `json:"request_id"`
-	ComparisonID     string    `json:"comparison_id,omitempty"`
-	ParentID         string    `json:"parent_id,omitempty"` // of the request whose model it chose
-	SessionID        string    `json:"session_id,omitempty"`
-	CreatedAt        time.Time `json:"created_at"` // when the request began
-	Model            string    `json:"model"`
-	Upstream         string    `json:"upstream,omitempty"`
-	Stream           bool      `json:"stream"`
-	Status           string    `json:"status"` // success or error
-	StatusCode       int       `json:"status_code"`
-	Outcome          Outcome   `json:"outcome"`
-	ErrorCode        string    `json:"error_code,omitempty"`
-	Attempts         int       `json:"attempts"`
-	PromptTokens     int64     `json:"prompt_tokens"`
-	CachedTokens     int64     `json:"cached_tokens"`
-	CompletionTokens int64     `json:"completion_tokens"`
-	TotalTokens      int64     `json:"total_tokens"`
-	PromptAudio      int64     `json:"prompt_audio_tokens,omitempty"`
-	CompletionAudio  int64     `json:"completion_audio_tokens,omitempty"`
-	Images           int64     `json:"images,omitempty"`
-	Estimated        bool      `json:"estimated"`
-	Cost             Money     `json:"cost_usd"`
-	LatencyMS        int64     `json:"latency_ms"`
-	FirstByteMS      *int64    `json:"ttft_ms,omitempty"`
-}
-
-func (e *Event) began() time.Time {
-	if began, ok := requestBegan(e.RequestID); ok {
-		return began
-	}
-	return e.Time.Add(-e.Duration)
-}
-
-func (e *Event) status() string {
-	if e.Outcome.failed() {
-		return "error"
-	}
-	return "success"
-}
-
-func (x *exchange) public(e *Event) publicEvent {
-	p := publicEvent{
-		RequestID: e.RequestID, ComparisonID: e.ComparisonID, ParentID: e.ParentID, SessionID: e.SessionID, CreatedAt: e.began(), Model: e.Model, Stream: e.Stream,
-		Status: e.status(), StatusCode: e.Status, Outcome: e.Outcome, ErrorCode: e.Error, Attempts: e.Attempts,
-		PromptTokens: e.PromptTokens, CachedTokens: e.CachedTokens, CompletionTokens: e.CompletionTokens,
-		TotalTokens: e.PromptTokens + e.CompletionTokens, PromptAudio: e.PromptAudioTokens, CompletionAudio: e.CompletionAudioTokens,
-		Images: e.Images, Estimated: e.Estimated, Cost: e.Cost, LatencyMS: e.Duration.Milliseconds(),
-	}
-	if e.TTFT > 0 {
-		ms := e.TTFT.Milliseconds()
-		p.FirstByteMS = &ms
-	}
-	if x.h.ExposeUpstream {
-		p.Upstream = e.Upstream
-	}
-	return p
-}
-
-// matches reports whether an event is one of those asked for. Its time is counted in hours, as in sums.
-func (u *usageRequest) matches(e *Event, q *UsageQuery) bool {
-	began := e.began()
-	switch {
-	case began.Before(q.From), !began.Before(q.To):
-		return false
-	case u.model != "" && e.Model != u.model, u.status != "" && e.status() != u.status, u.sessionID != "" && e.SessionID != u.sessionID:
-		return false
-	}
-	return true
-}
-
-// listEvents serves POST /v1/usage/events.
-func (x *exchange) listEvents() *apiError { return x.report(x.pageOfEvents) }
-
-// pageOfEvents has the total of the sums: the ledger may have dropped the oldest.
-func (x *exchange) pageOfEvents(store UsageStore, u *usageRequest) *apiError {
-	q := u.query(x.key.id)
-	var sums usageSums
-	if err := store.Usage(x.r.Context(), q, func(row UsageRow) { sums.add(u.wants(&row)) }); err != nil {
-		return x.storeFailed(err)
-	}
-	events := []publicEvent{}
-	skip := u.offset
-	err := store.KeyEvents(x.r.Context(), x.key.id, func(e *Event) bool {
-		if e.began().Before(q.From.Add(-maxPending)) || int64(u.offset) >= sums.All.Requests {
-			return false // nothing that follows is asked for
-		}
-		if !u.matches(e, &q) {
-			return true
-		}
-		if skip > 0 {
-			skip--
-			return true
-		}
-		events = append(events, x.public(e))
-		return len(events) < u.limit
-	})
-	if err != nil {
-		return x.storeFailed(err)
-	}
-	return x.answer(struct {
-		Events []publicEvent `json:"events"`
-		Total  int64         `json:"total"`
-		Limit  int           `json:"limit"`
-		Offset int           `json:"offset"`
-	}{events, sums.All.Requests, u.limit, u.offset})
-}
-
-// getEvent serves GET /v1/usage/requests/{request_id}.
-func (x *exchange) getEvent() *apiError { return x.report(x.oneEvent) }
-
-func (x *exchange) oneEvent(store UsageStore, _ *usageRequest) *apiError {
-	id := strings.TrimPrefix(x.r.URL.Path, requestsPath)
-	if _, ok := requestBegan(id); !ok {
-		return requestNotFound(id)
-	}
-	e, err := store.KeyEvent(x.r.Context(), x.key.id, id)
-	if err != nil {
-		return x.storeFailed(err)
-	}
-	if e == nil {
-		return requestNotFound(id)
-	}
-	return x.answer(struct {
-		RequestID string      `json:"request_id"`
-		Outcome   Outcome     `json:"outcome"`
-		Event     publicEvent `json:"event"`
-	}{e.RequestID, e.Outcome, x.public(e)})
-}
-
-func requestNotFound(id string) *apiError {
-	return errorf(http.StatusNotFound, "not_found", "There is no request %.64q of this API key.", id)
 }
 
 // metric is where a key stands with one limit.

@@ -111,7 +111,7 @@ func TestSumsAreThoseOfTheLedger(t *testing.T) {
 			}
 			var last string
 			n := 0
-			err = store.KeyEvents(t.Context(), "key1", func(e *Event) bool {
+			err = store.KeyEvents(t.Context(), "key1", time.Time{}, time.Time{}, func(e *Event) bool {
 				if n++; e.KeyID != "key1" {
 					t.Errorf("an event of %s", e.KeyID)
 				}
@@ -187,7 +187,7 @@ func TestOldDatabaseGetsSums(t *testing.T) {
 		if err := s.Usage(t.Context(), q, func(row UsageRow) { sums.add(row.usageSums) }); err != nil || sums.All.Requests != n || sums.All.Cost != 2*n {
 			t.Errorf("%v %+v", err, sums)
 		}
-		if err := s.KeyEvents(t.Context(), "key", func(*Event) bool { events++; return true }); err != nil || events != n {
+		if err := s.KeyEvents(t.Context(), "key", time.Time{}, time.Time{}, func(*Event) bool { events++; return true }); err != nil || events != n {
 			t.Errorf("%v %d", err, events)
 		}
 		if err := s.Destruct(); err != nil {

@@ -8,6 +8,7 @@ import (
 	"strings"
 	"time"
 
+	"github.com/oklog/ulid/v2"
 	"go.etcd.io/bbolt"
 )
 
@@ -315,20 +316,33 @@ func (s *localStore) UsageKeys(context.Context) (map[string]KeyLabel, error) {
 	return labels, err
 }
 
+// firstRequestID returns the least id of a request that began at t or later. Ids say it in milliseconds.
+func firstRequestID(t time.Time) string {
+	var id ulid.ULID
+	id.SetTime(uint64(max(0, t.Add(time.Millisecond-1).UnixMilli()))) //nolint:errcheck // it has room for the year 9999
+	return "req_" + id.String()
+}
+
 // KeyEvents reads the database, some entries at a time, because a commit can wait for a transaction that reads.
-func (s *localStore) KeyEvents(_ context.Context, keyID string, fn func(*Event) bool) error {
+func (s *localStore) KeyEvents(_ context.Context, keyID string, from, to time.Time, fn func(*Event) bool) error {
 	if err := s.settledAll(); err != nil {
 		return err
 	}
 	const perView = 500
 	prefix := []byte(keyID + sumSeparator)
-	before := append(bytes.Clone(prefix), 0xff)
+	before, first := append(bytes.Clone(prefix), 0xff), prefix
+	if !from.IsZero() {
+		first = []byte(sumKey(keyID, firstRequestID(from)))
+	}
+	if !to.IsZero() {
+		before = []byte(sumKey(keyID, firstRequestID(to)))
+	}
 	for more := true; more; {
 		n := 0
 		err := s.database.view(func(tx *bbolt.Tx) error {
 			cursor, ledger := tx.Bucket(bucketByKey).Cursor(), tx.Bucket(bucketLedger)
 			key, _ := seekBefore(cursor, string(before))
-			for ; more && n < perView && bytes.HasPrefix(key, prefix); key, _ = cursor.Prev() {
+			for ; more && n < perView && bytes.HasPrefix(key, prefix) && bytes.Compare(key, first) >= 0; key, _ = cursor.Prev() {
 				before = bytes.Clone(key)
 				n++
 				value := ledger.Get(key[len(prefix):])

@@ -260,12 +260,37 @@ func (s *redisStore) UsageKeys(ctx context.Context) (labels map[string]KeyLabel,
 	return labels, err
 }
 
+// Entries of the ledger are in the order in which they were settled, by Redis's clock.
+const (
+	// settledWithin is how long after its beginning a request is settled: a job may wait for a day, and run for another. What
+	// a journal has had for longer is not looked for.
+	settledWithin = 24*time.Hour + maxPending
+
+	ledgerClocks = time.Minute // by how much the clock of a gateway may be ahead of Redis's
+)
+
+// ledgerFrom returns where in a ledger the first request may be that began at t or later.
+func ledgerFrom(t time.Time) string {
+	if t.IsZero() {
+		return "-"
+	}
+	return strconv.FormatInt(max(0, t.Add(-ledgerClocks).UnixMilli()), 10)
+}
+
+// ledgerTo returns where in a ledger the last request may be that began before t.
+func ledgerTo(t time.Time) string {
+	if t.IsZero() {
+		return "+"
+	}
+	return strconv.FormatInt(max(0, t.Add(settledWithin).UnixMilli()), 10)
+}
+
 // KeyEvents reads the stream, some entries at a time.
-func (s *redisStore) KeyEvents(ctx context.Context, keyID string, fn func(*Event) bool) error {
+func (s *redisStore) KeyEvents(ctx context.Context, keyID string, from, to time.Time, fn func(*Event) bool) error {
 	return s.report(ctx, func(ctx context.Context) error {
 		const perPage = 500
-		for end := "+"; ; {
-			page, err := s.client.XRevRangeN(ctx, s.key(keyID, "ledger"), end, "-", perPage).Result()
+		for start, end := ledgerFrom(from), ledgerTo(to); ; {
+			page, err := s.client.XRevRangeN(ctx, s.key(keyID, "ledger"), end, start, perPage).Result()
 			if err != nil {
 				return err
 			}
@@ -273,11 +298,14 @@ func (s *redisStore) KeyEvents(ctx context.Context, keyID string, fn func(*Event
 				if entry.ID == end {
 					continue // the last of the page before: Redis 5 knows no open ends
 				}
+				if outside(entry, from, to) {
+					continue
+				}
 				e, err := readEntry(entry)
 				if err != nil {
 					return err
 				}
-				if !fn(e) {
+				if isWithin(e.began(), from, to) && !fn(e) {
 					return nil
 				}
 			}
@@ -287,6 +315,15 @@ func (s *redisStore) KeyEvents(ctx context.Context, keyID string, fn func(*Event
 			end = page[len(page)-1].ID
 		}
 	})
+}
+
+// outside reports whether an entry, by its first member, began at another time. Most of those that are read are not
+// wanted, where the time is short.
+func outside(entry redis.XMessage, from, to time.Time) bool {
+	text, _ := entry.Values["event"].(string)
+	id, _, _ := strings.Cut(strings.TrimPrefix(text, `{"request_id":"`), `"`)
+	began, ok := requestBegan(id)
+	return ok && !isWithin(began, from, to)
 }
 
 func readEntry(entry redis.XMessage) (*Event, error) {
@@ -306,9 +343,8 @@ func (s *redisStore) KeyEvent(ctx context.Context, keyID, requestID string) (fou
 		return nil, nil
 	}
 	err = s.report(ctx, func(ctx context.Context) error {
-		const perPage, clocks = 1000, time.Minute
-		start := strconv.FormatInt(max(0, began.Add(-clocks).UnixMilli()), 10)
-		for {
+		const perPage = 1000
+		for start := ledgerFrom(began); ; {
 			page, err := s.client.XRangeN(ctx, s.key(keyID, "ledger"), start, "+", perPage).Result()
 			if err != nil {
 				return err

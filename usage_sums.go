@@ -17,8 +17,9 @@ type UsageStore interface {
 	// UsageKeys returns the keys that have used anything, with the name and owner they had last.
 	UsageKeys(ctx context.Context) (map[string]KeyLabel, error)
 
-	// KeyEvents calls fn for the ledger's entries of a key, the newest first, until it returns false.
-	KeyEvents(ctx context.Context, keyID string, fn func(*Event) bool) error
+	// KeyEvents calls fn for the ledger's entries of a key's requests that began in a time, which does not include its end, the
+	// newest first, until it returns false. A bound that is zero is none.
+	KeyEvents(ctx context.Context, keyID string, from, to time.Time, fn func(*Event) bool) error
 
 	// KeyEvent returns the ledger's entry of a request, or nil where the key has none of this id.
 	KeyEvent(ctx context.Context, keyID, requestID string) (*Event, error)
@@ -40,6 +41,11 @@ type UsageQuery struct {
 	From, To  time.Time
 	Sessions  bool   // by session; then requests without one are left out
 	SessionID string // only this one, with Sessions
+}
+
+// isWithin reports whether a time is in one that does not include its end, and of which a bound that is zero is none.
+func isWithin(t, from, to time.Time) bool {
+	return !t.Before(from) && (to.IsZero() || t.Before(to))
 }
 
 // UsageRow is a sum.

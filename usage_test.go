@@ -79,6 +79,14 @@ func TestLedgerSaysHowEachRequestEnded(t *testing.T) {
 			Event{Outcome: OutcomeCompleted, Status: 200, PromptTokens: 7, CompletionTokens: 17, Estimated: true, Cost: 7*2500 + 17*10_000}},
 		{"usage that makes no sense", priced, answers(200, "application/json", `{"choices":[{"message":{"content":"`+longWords+`"}}],"usage":{"prompt_tokens":-1,"completion_tokens":1}}`),
 			Event{Outcome: OutcomeCompleted, Status: 200, PromptTokens: 7, CompletionTokens: 17, Estimated: true, Cost: 7*2500 + 17*10_000}},
+		{"more tokens than there can be", priced, answers(200, "application/json", `{"choices":[{"message":{"content":"`+longWords+`"}}],"usage":{"prompt_tokens":9007199254740993,"completion_tokens":1}}`),
+			Event{Outcome: OutcomeCompleted, Status: 200, PromptTokens: 7, CompletionTokens: 17, Estimated: true, Cost: 7*2500 + 17*10_000}},
+		{"as many as there may be", priced, answers(200, "application/json", `{"choices":[{"message":{"content":"x"}}],"usage":{"prompt_tokens":1073741824,"completion_tokens":1}}`),
+			Event{Outcome: OutcomeCompleted, Status: 200, PromptTokens: 1 << 30, CompletionTokens: 1, Cost: 1<<30*2500 + 10_000}},
+		{"parts that are more than the whole", priced, answers(200, "application/json", `{"choices":[{"message":{"content":"x"}}],"usage":{`+
+			`"prompt_tokens_details":{"cached_tokens":900,"audio_tokens":800},"completion_tokens_details":{"audio_tokens":1000},"prompt_tokens":10,"completion_tokens":20}}`),
+			Event{Outcome: OutcomeCompleted, Status: 200, PromptTokens: 10, CachedTokens: 10, CompletionTokens: 20,
+				PromptAudioTokens: 10, CompletionAudioTokens: 20, Cost: 10*2500 + 20*10_000}},
 		{"cut by the upstream", pricedStream, func(w http.ResponseWriter, r *http.Request) {
 			answers(200, "text/event-stream", words)(w, r)
 			http.NewResponseController(w).Flush()
