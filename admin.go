@@ -18,7 +18,7 @@ func init() { caddy.RegisterModule(adminAPI{}) }
 //	GET    /mesh/health             the open stores, and whether each is degraded; 503 if one is
 //	GET    /mesh/keys               the keys, by id: ?limit, ?after, ?owner
 //	POST   /mesh/keys               creates a key, or a list of them; the answer has the secret
-//	GET    /mesh/keys/{id}          a key, and what it has used
+//	GET    /mesh/keys/{id}          a key, and what it has used; by its name, too, where no other has it
 //	PATCH  /mesh/keys/{id}          changes what the body names; null takes it back
 //	DELETE /mesh/keys/{id}          revokes a key
 //	POST   /mesh/keys/{id}/rotate   gives a key a new secret; the old one is valid for {"grace": "1h"}

@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"io"
 	"net/http"
+	"net/url"
 	"slices"
 	"strconv"
 	"strings"
@@ -52,18 +53,27 @@ func serveKeys(w http.ResponseWriter, r *http.Request) error {
 	}
 	ctx, cancel := context.WithTimeout(r.Context(), keysTimeout)
 	defer cancel()
-	k := &keysRequest{KeyManager: manager, Request: r.WithContext(ctx), w: w}
-	for _, h := range running() {
-		if h.store.module.StoreKey() == ref.module.StoreKey() {
-			k.handlers = append(k.handlers, h)
-		}
-	}
+	k := &keysRequest{KeyManager: manager, Request: r.WithContext(ctx), w: w, handlers: handlersOf(ref)}
 	k.Body = http.MaxBytesReader(w, r.Body, maxKeysBody)
 	return keysError(k.serve())
 }
 
+// handlersOf returns the handlers of the running configuration that use a store.
+func handlersOf(ref *storeRef) (handlers []*Handler) {
+	for _, h := range running() {
+		if h.store.module.StoreKey() == ref.module.StoreKey() {
+			handlers = append(handlers, h)
+		}
+	}
+	return handlers
+}
+
 func (k *keysRequest) serve() error {
-	id, action, _ := strings.Cut(strings.Trim(strings.TrimPrefix(k.URL.Path, keysPath), "/"), "/")
+	id, action, _ := strings.Cut(strings.Trim(strings.TrimPrefix(k.URL.EscapedPath(), keysPath), "/"), "/")
+	id, err := url.PathUnescape(id) // a name may have slashes
+	if err != nil {
+		return adminError(http.StatusBadRequest, "%w", err)
+	}
 	switch {
 	case id == "" && k.Method == http.MethodGet:
 		return k.list()
@@ -169,29 +179,6 @@ func askedKeys(body []byte) (asked []map[string]json.RawMessage, isList bool, er
 	return asked, isList, nil
 }
 
-// warnings says which models of a key's the running configuration does not have. Another may have them: a key outlives many.
-func (k *keysRequest) warnings(terms *Key) (all []string) {
-	if len(k.handlers) == 0 {
-		return nil
-	}
-	for _, pattern := range terms.Models {
-		if !slices.ContainsFunc(k.handlers, func(h *Handler) bool { return h.mayServe(pattern) }) {
-			all = append(all, fmt.Sprintf("models: the running configuration has no model for %s", pattern))
-		}
-	}
-	name := terms.DefaultModel
-	if name != "" && !slices.ContainsFunc(k.handlers, func(h *Handler) bool { return h.models.knows(name) }) {
-		all = append(all, fmt.Sprintf("default_model: the running configuration has no model %s", name))
-	}
-	return all
-}
-
-// mayServe reports whether a model that a pattern covers may be asked for.
-func (h *Handler) mayServe(pattern string) bool {
-	one := Key{Models: []string{pattern}}
-	return slices.ContainsFunc(h.Models, func(m *Model) bool { return one.mayReach(m.Name) })
-}
-
 // configured returns the keys of the configuration, by id.
 func (k *keysRequest) configured() map[string]*StoredKey {
 	keys := make(map[string]*StoredKey)
@@ -260,18 +247,14 @@ func (k *keysRequest) stored(after string, limit int, wanted func(*StoredKey) bo
 	return found[:min(limit, len(found))], nil
 }
 
-func (k *keysRequest) show(id string) error {
-	key, source := k.configured()[id], sourceConfig
-	if key == nil {
-		var err error
-		if key, err = k.GetKey(k.Context(), id); err != nil {
-			return fmt.Errorf("key %s: %w", id, err)
-		}
-		source = sourceStore
-	}
-	use, err := k.KeyUse(k.Context(), id)
+func (k *keysRequest) show(asked string) error {
+	key, source, err := k.find(asked)
 	if err != nil {
-		return fmt.Errorf("key %s: %w", id, err)
+		return fmt.Errorf("key %s: %w", asked, err)
+	}
+	use, err := k.KeyUse(k.Context(), key.Terms.id)
+	if err != nil {
+		return fmt.Errorf("key %s: %w", key.Terms.id, err)
 	}
 	v := viewOf(key, source)
 	v.setUse(use)

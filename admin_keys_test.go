@@ -222,6 +222,9 @@ func TestOldSecretWorksInItsGraceAndNotASecondAfter(t *testing.T) {
 		path := "/mesh/keys/" + k.ID
 		const grace = 4 * time.Second
 		rotated := p.askKey("POST", path+"/rotate", `{"grace":"4s"}`, 200)
+		if !rotated.OldUntil.Equal(rotated.OldUntil.Truncate(time.Millisecond)) {
+			t.Errorf("%s is more exact than when the key was made, %s", rotated.OldUntil, rotated.Created)
+		}
 		if rotated.ID != k.ID || rotated.Secret == k.Secret || rotated.OldUntil.IsZero() {
 			t.Fatalf("%+v", rotated)
 		}

@@ -5,8 +5,6 @@ import (
 	"io"
 	"net/http"
 	"strings"
-
-	"github.com/caddyserver/caddy/v2"
 )
 
 // Operators see and change the templates of all owners:
@@ -165,7 +163,7 @@ func adminStoreError(err error) error {
 		return adminError(refusal.status, "%s", refusal.message)
 	}
 	if errors.Is(err, errUnavailable) {
-		return caddy.APIError{HTTPStatus: http.StatusServiceUnavailable, Err: err, Message: "the store cannot be reached at the moment: " + err.Error()}
+		return adminError(http.StatusServiceUnavailable, "%w", err)
 	}
 	return err
 }

@@ -1,6 +1,7 @@
 package mesh
 
 import (
+	"cmp"
 	"encoding/csv"
 	"fmt"
 	"net/http"
@@ -34,8 +35,8 @@ type usageTable struct {
 }
 
 // adminUsage serves GET /mesh/usage: sums of all keys of a store. Its query parameters are from and to (times of RFC 3339,
-// in whole hours, or dates; by default the last 30 days), by (day, model, key, owner and session, by commas), key,
-// owner, model, session_id and status to have only those, and format (json or csv). By session, requests without one are left out.
+// in whole hours, or dates; by default the last 30 days), by (day, model, key, owner and session, by commas), key (an id, or
+// the name of one key), owner, model, session_id and status to have only those, and format (json or csv). By session, requests without one are left out.
 func adminUsage(w http.ResponseWriter, r *http.Request) error {
 	if r.Method != http.MethodGet {
 		return adminError(http.StatusMethodNotAllowed, "method not allowed")
@@ -60,6 +61,12 @@ func adminUsage(w http.ResponseWriter, r *http.Request) error {
 	labels, err := store.UsageKeys(r.Context())
 	if err != nil {
 		return adminStoreError(err)
+	}
+	if manager, ok := opened.(KeyManager); ok && a.query.KeyID != "" {
+		k := &keysRequest{KeyManager: manager, Request: r, handlers: handlersOf(ref)}
+		if a.query.KeyID, err = k.reported(a.query.KeyID, labels); err != nil {
+			return keysError(err)
+		}
 	}
 	table, err := a.table(r, store, labels)
 	if err != nil {
@@ -89,18 +96,8 @@ func parseAdminUsage(r *http.Request) (*adminReport, error) {
 			return nil, adminError(http.StatusBadRequest, "there is no parameter %q", name)
 		}
 	}
-	now := time.Now().UTC()
-	a.since = now.Add(-30 * 24 * time.Hour).Truncate(24 * time.Hour)
-	var err error
-	if from := values.Get("from"); from != "" {
-		if a.since, err = parseReportTime(from, false); err != nil {
-			return nil, adminError(http.StatusBadRequest, "from: %w", err)
-		}
-	}
-	if to := values.Get("to"); to != "" {
-		if a.until, err = parseReportTime(to, true); err != nil {
-			return nil, adminError(http.StatusBadRequest, "to: %w", err)
-		}
+	if err := a.parseRange(values.Get("from"), values.Get("to")); err != nil {
+		return nil, err
 	}
 	if values.Has("by") {
 		a.by = strings.FieldsFunc(values.Get("by"), func(r rune) bool { return r == ',' || r == ' ' })
@@ -127,6 +124,28 @@ func parseAdminUsage(r *http.Request) (*adminReport, error) {
 	a.query = a.usageRequest.query(values.Get("key"))
 	a.query.Sessions = a.query.Sessions || slices.Contains(a.by, "session")
 	return a, nil
+}
+
+func (a *adminReport) parseRange(from, to string) (err error) {
+	now := time.Now().UTC()
+	a.since = now.Add(-30 * 24 * time.Hour).Truncate(24 * time.Hour)
+	if from != "" {
+		if a.since, err = parseReportTime(from, false); err != nil {
+			return adminError(http.StatusBadRequest, "from: %w", err)
+		}
+	}
+	last := now
+	if to != "" {
+		if last, err = parseReportTime(to, false); err != nil {
+			return adminError(http.StatusBadRequest, "to: %w", err)
+		}
+		a.until, _ = parseReportTime(to, true)
+	}
+	if last.Before(a.since) && !a.until.After(a.since) { // of a day, all is in
+		return adminError(http.StatusBadRequest, "from: %s is after to: %s",
+			cmp.Or(from, a.since.Format(time.RFC3339)), cmp.Or(to, last.Format(time.RFC3339)))
+	}
+	return nil
 }
 
 // table adds up what is asked for.

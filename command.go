@@ -1,6 +1,7 @@
 package mesh
 
 import (
+	"bufio"
 	"bytes"
 	"context"
 	"encoding/json"
@@ -11,6 +12,7 @@ import (
 	"net"
 	"net/http"
 	"net/url"
+	"os"
 	"slices"
 	"strings"
 	"text/tabwriter"
@@ -185,6 +187,38 @@ func (c *meshCommand) print(answer []byte, table func(w io.Writer) error) error 
 		return err
 	}
 	return w.Flush()
+}
+
+// confirmed gives a command that cannot be undone the flag to confirm it beforehand.
+func confirmed(cmd *cobra.Command) *cobra.Command {
+	cmd.Flags().Bool("yes", false, "Do not ask")
+	return cmd
+}
+
+// confirm asks for a yes, where it was not given beforehand.
+func (c *meshCommand) confirm(question string) error {
+	if c.flag("yes") == "true" {
+		return nil
+	}
+	if !isTerminal(os.Stdin) {
+		return errors.New("there is no terminal to ask on, and nothing was done; use --yes to do it without being asked")
+	}
+	fmt.Fprintf(c.ErrOrStderr(), "%s [y/N] ", question)
+	said, _ := bufio.NewReader(os.Stdin).ReadString('\n')
+	if !slices.Contains([]string{"y", "yes"}, strings.ToLower(strings.TrimSpace(said))) {
+		return errors.New("the answer was not yes, and nothing was done")
+	}
+	return nil
+}
+
+// isTerminal reports whether somebody may answer.
+func isTerminal(f *os.File) bool {
+	stat, err := f.Stat()
+	if err != nil || stat.Mode()&os.ModeCharDevice == 0 {
+		return false
+	}
+	null, err := os.Stat(os.DevNull)
+	return err != nil || !os.SameFile(stat, null)
 }
 
 var errDegraded = errors.New("a store cannot be reached")

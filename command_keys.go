@@ -1,7 +1,6 @@
 package mesh
 
 import (
-	"bufio"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -9,8 +8,6 @@ import (
 	"maps"
 	"net/http"
 	"net/url"
-	"os"
-	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -77,11 +74,21 @@ func termFlags(cmd *cobra.Command) *cobra.Command {
 	return cmd
 }
 
+// flag is what the flag for a term is called. One that may be repeated is called after one value.
+func (t *keyTerm) flag() string {
+	name := strings.ReplaceAll(t.name, "_", "-")
+	switch t.of(new(Key)).(type) {
+	case *[]string, *map[string]string, *Params:
+		return strings.TrimSuffix(name, "s")
+	}
+	return name
+}
+
 // terms returns the members that the flags say, as the admin endpoint wants them.
 func (c *meshCommand) terms() (map[string]json.RawMessage, error) {
 	members := make(map[string]json.RawMessage)
 	for _, t := range keyTerms {
-		name, value := strings.ReplaceAll(t.name, "_", "-"), any(nil)
+		name, value := t.flag(), any(nil)
 		var err error
 		switch t.of(new(Key)).(type) {
 		case *int64:
@@ -89,10 +96,8 @@ func (c *meshCommand) terms() (map[string]json.RawMessage, error) {
 		case *bool:
 			value, _ = c.Flags().GetBool(name)
 		case *[]string:
-			name = "model"
 			value, _ = c.Flags().GetStringArray(name)
 		case *map[string]string, *Params:
-			name = strings.TrimSuffix(name, "s")
 			value, err = c.pairs(name, t.name == "default_params")
 		case *time.Time:
 			value, err = expiry(c.flag(name))
@@ -152,6 +157,9 @@ func createKeyCommand() *cobra.Command {
 		if from := c.flag("from"); from != "" {
 			return c.createFrom(from, members)
 		}
+		if c.Flag("spend-period").Changed && !c.Flag("spend-cap-usd").Changed {
+			return errors.New("--spend-period needs --spend-cap-usd beside it")
+		}
 		answer, err := c.ask(http.MethodPost, keysPath, nil, members)
 		if err != nil {
 			return err
@@ -188,7 +196,7 @@ func (c *meshCommand) listKeys(query url.Values, most int) (keys []keyView, more
 func listKeysCommand() *cobra.Command {
 	cmd := subcommand("list", "Lists the keys", cobra.NoArgs, func(c *meshCommand, _ []string) error {
 		most, _ := c.Flags().GetInt("limit")
-		query := url.Values{"limit": {strconv.Itoa(min(max(most, 1), maxKeysPage))}}
+		query := url.Values{"limit": {strconv.Itoa(min(most, maxKeysPage))}}
 		for _, name := range []string{"owner", "after"} {
 			if c.Flag(name).Changed {
 				query.Set(name, c.flag(name))
@@ -231,7 +239,7 @@ func (v *keyView) state(now time.Time) string {
 }
 
 func showKeyCommand() *cobra.Command {
-	return ofKey(subcommand("show <id>", "Shows a key, and what it has used", cobra.ExactArgs(1), func(c *meshCommand, args []string) error {
+	return ofKey(subcommand("show <id|name>", "Shows a key, and what it has used", cobra.ExactArgs(1), func(c *meshCommand, args []string) error {
 		answer, err := c.ask(http.MethodGet, keyPath(args[0]), nil, nil)
 		if err != nil {
 			return err
@@ -250,7 +258,11 @@ func updateKeyCommand() *cobra.Command {
 		}
 		reset, _ := c.Flags().GetStringArray("reset")
 		for _, name := range reset {
-			members[strings.ReplaceAll(name, "-", "_")] = json.RawMessage("null")
+			field := strings.ReplaceAll(name, "-", "_")
+			if t := termNamed(field); t != nil && c.Flag(t.flag()).Changed {
+				return fmt.Errorf("--%s and --reset %s contradict each other", t.flag(), name)
+			}
+			members[field] = json.RawMessage("null")
 		}
 		if len(members) == 0 {
 			return errors.New("there is nothing to change")
@@ -289,12 +301,8 @@ func rotateKeyCommand() *cobra.Command {
 
 func revokeKeyCommand() *cobra.Command {
 	cmd := ofKey(subcommand("revoke <id>", "Deletes a key, for good", cobra.ExactArgs(1), func(c *meshCommand, args []string) error {
-		if c.flag("yes") != "true" && isTerminal(os.Stdin) {
-			fmt.Fprintf(c.ErrOrStderr(), "Revoke %s? Its secrets stop working at once, for good. [y/N] ", args[0])
-			said, _ := bufio.NewReader(os.Stdin).ReadString('\n')
-			if !slices.Contains([]string{"y", "yes"}, strings.ToLower(strings.TrimSpace(said))) {
-				return errors.New("nothing was revoked")
-			}
+		if err := c.confirm(fmt.Sprintf("Revoke %s? Its secrets stop working at once, for good.", args[0])); err != nil {
+			return err
 		}
 		if _, err := c.ask(http.MethodDelete, keyPath(args[0]), nil, nil); err != nil {
 			return err
@@ -304,16 +312,5 @@ func revokeKeyCommand() *cobra.Command {
 			return nil
 		})
 	}))
-	cmd.Flags().Bool("yes", false, "Do not ask")
-	return cmd
-}
-
-// isTerminal reports whether somebody may answer.
-func isTerminal(f *os.File) bool {
-	stat, err := f.Stat()
-	if err != nil || stat.Mode()&os.ModeCharDevice == 0 {
-		return false
-	}
-	null, err := os.Stat(os.DevNull)
-	return err != nil || !os.SameFile(stat, null)
+	return confirmed(cmd)
 }

@@ -9,7 +9,6 @@ import (
 	"io"
 	"maps"
 	"net/http"
-	"os"
 	"regexp"
 	"slices"
 	"strconv"
@@ -29,19 +28,16 @@ const keysAtOnce = 500
 // createFrom creates a key for each line of a file. All lines are looked at before the first key is created. Each batch is
 // printed at once, because nothing can show its secrets again.
 func (c *meshCommand) createFrom(path string, usual map[string]json.RawMessage) error {
-	lines, err := readKeyFile(path, c.InOrStdin())
+	text, err := readInput(c, path)
 	if err != nil {
-		return fmt.Errorf("%w; no key was created", err)
+		return fmt.Errorf("%w; no key was created", err) // names the file
 	}
-	for _, line := range lines {
-		for name, value := range usual {
-			if _, said := line.members[name]; !said {
-				line.members[name] = value
-			}
-		}
-		if err := new(Key).changeTerms(line.members); err != nil {
-			return fmt.Errorf("line %d: %w; no key was created", line.number, err)
-		}
+	if path == "-" {
+		path = "the standard input"
+	}
+	lines, err := readKeyFile(text, usual)
+	if err != nil {
+		return fmt.Errorf("%s: %w; no key was created", path, err)
 	}
 	if !c.json() {
 		fmt.Fprintf(c.OutOrStdout(), "%-30s  %-30s  %s\n", "ID", "SECRET", "NAME")
@@ -49,7 +45,7 @@ func (c *meshCommand) createFrom(path string, usual map[string]json.RawMessage) 
 	created, told := 0, time.Now()
 	for batch := range slices.Chunk(lines, keysAtOnce) {
 		if err := c.createBatch(batch); err != nil {
-			return fmt.Errorf("%w; %d of %d keys were created", err, created, len(lines))
+			return fmt.Errorf("%s: %w; %d of %d keys were created", path, err, created, len(lines))
 		}
 		created += len(batch)
 		if time.Since(told) > time.Second {
@@ -97,26 +93,34 @@ func (c *meshCommand) createBatch(batch []keyLine) error {
 	return err
 }
 
-// readKeyFile reads a file of keys, JSON lines or CSV with a header. Its errors name the line.
-func readKeyFile(path string, stdin io.Reader) ([]keyLine, error) {
-	var text []byte
-	var err error
-	if path == "-" {
-		text, err = io.ReadAll(stdin)
-	} else {
-		text, err = os.ReadFile(path)
+// readKeyFile reads a file of keys, JSON lines or CSV with a header, and checks them. What is usual holds for lines that do
+// not say it. Its errors name the line.
+func readKeyFile(text []byte, usual map[string]json.RawMessage) (lines []keyLine, err error) {
+	text = bytes.TrimPrefix(text, []byte("\ufeff"))
+	switch begin := bytes.TrimSpace(text); {
+	case len(begin) == 0:
+	case begin[0] == '{':
+		lines, err = readKeyLines(text)
+	default:
+		lines, err = readKeyTable(text)
 	}
 	if err != nil {
 		return nil, err
 	}
-	text = bytes.TrimPrefix(text, []byte("\ufeff"))
-	switch begin := bytes.TrimSpace(text); {
-	case len(begin) == 0:
+	if len(lines) == 0 {
 		return nil, errors.New("there is no key in it")
-	case begin[0] == '{':
-		return readKeyLines(text)
 	}
-	return readKeyTable(text)
+	for _, line := range lines {
+		for name, value := range usual {
+			if _, said := line.members[name]; !said {
+				line.members[name] = value
+			}
+		}
+		if err := new(Key).changeTerms(line.members); err != nil {
+			return nil, fmt.Errorf("line %d: %w", line.number, err)
+		}
+	}
+	return lines, nil
 }
 
 // readKeyLines reads a JSON object from each line, as the admin endpoint takes it; expires may be a duration.
@@ -150,9 +154,13 @@ func readKeyTable(text []byte) (lines []keyLine, err error) {
 	if err != nil {
 		return nil, fmt.Errorf("line 1: %w", err)
 	}
+	number, _ := r.FieldPos(0)
 	for i, name := range header {
 		if header[i] = strings.TrimSpace(name); slices.Contains(header[:i], header[i]) {
-			return nil, fmt.Errorf("line 1: the column %s is there twice", header[i])
+			return nil, fmt.Errorf("line %d: the column %s is there twice", number, header[i])
+		}
+		if err := checkColumn(header[i]); err != nil {
+			return nil, fmt.Errorf("line %d: %s: %w", number, header[i], err)
 		}
 	}
 	for {
@@ -170,6 +178,26 @@ func readKeyTable(text []byte) (lines []keyLine, err error) {
 		}
 		lines = append(lines, keyLine{number, members})
 	}
+}
+
+// checkColumn checks the name of a column. One without may be there, if it is empty: spreadsheets write such.
+func checkColumn(column string) error {
+	if column == "" {
+		return nil
+	}
+	name, _, nested := strings.Cut(column, ".")
+	t := termNamed(name)
+	if t == nil {
+		return errNoField
+	}
+	switch t.of(new(Key)).(type) {
+	case *Params, *map[string]string:
+		return nil
+	}
+	if nested {
+		return errNoField
+	}
+	return nil
 }
 
 func readKeyRow(header, row []string) (map[string]json.RawMessage, error) {
@@ -205,11 +233,11 @@ func readKeyRow(header, row []string) (map[string]json.RawMessage, error) {
 
 // cellValue is the JSON of a cell. A list is separated by spaces.
 func cellValue(name, text string) (json.RawMessage, error) {
-	i := slices.IndexFunc(keyTerms, func(t keyTerm) bool { return t.name == name })
-	if i < 0 {
-		return nil, errors.New("a key has no such field")
+	t := termNamed(name)
+	if t == nil {
+		return nil, errNoField
 	}
-	switch keyTerms[i].of(new(Key)).(type) {
+	switch t.of(new(Key)).(type) {
 	case *int64, *bool, *Params, *map[string]string:
 		return paramValue(text), nil
 	case *[]string:

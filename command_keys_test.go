@@ -75,7 +75,7 @@ func TestKeyLivesOnTheCommandLine(t *testing.T) {
 		if completed, code := p.run("__complete", "mesh", "key", "show", "--address", "unix/"+p.path("admin"), "key_"); code != 0 || !strings.Contains(completed, id+"\tteam-a\n") {
 			t.Errorf("%d %s", code, completed)
 		}
-		if said := p.mustMesh("key", "revoke", id); !strings.Contains(said, id+" is revoked") {
+		if said := p.mustMesh("key", "revoke", "--yes", id); !strings.Contains(said, id+" is revoked") {
 			t.Error(said)
 		}
 		p.comesTo("the key is gone", rotated["secret"], 401)
@@ -103,12 +103,22 @@ func TestKeyCommandsSayWhatIsWrong(t *testing.T) {
 		{"update " + id, "there is nothing to change"},
 		{"update " + id + " --reset rmp", "rmp: a key has no such field"},
 		{"rotate " + id + " --grace long", "grace: \\\"long\\\" is not a duration"},
-		{"revoke key_none", "there is no such key"},
+		{"revoke key_none --yes", "there is no such key"},
+		{"revoke " + id, "use --yes"},
+		{"list --limit 0", "limit: \\\"0\\\" is not a number from 1 to 1000"},
+		{"list --limit -1", "limit: \\\"-1\\\" is not a number from 1 to 1000"},
+		{"create --spend-period day", "--spend-period needs --spend-cap-usd"},
+		{"update " + id + " --rpm 5 --reset rpm", "--rpm and --reset rpm contradict each other"},
+		{"update " + id + " --model a/b --reset models", "--model and --reset models contradict each other"},
+		{"update " + id + " --default-param stop=END --reset default-params", "--default-param and --reset default-params contradict each other"},
 		{"turn", "unknown command"},
 	} {
 		if output, code := p.mesh(append([]string{"key"}, strings.Fields(tc.args)...)...); code == 0 || !strings.Contains(output, tc.want) {
 			t.Errorf("%s: %d %s, want %s", tc.args, code, output, tc.want)
 		}
+	}
+	if shown := fieldsOf(p.mustMesh("key", "show", id)); shown["id"] != id || shown["rpm"] != "" {
+		t.Errorf("%v", shown)
 	}
 }
 
@@ -125,12 +135,14 @@ func TestWrongLineOfAFileCreatesNoKey(t *testing.T) {
 	p := startManaged(t, "127.0.0.1:1", siteNumber(0, ""))
 	before := p.adminGet(keysPath)
 	for _, tc := range []struct{ content, want string }{
-		{"", "there is no key in it"},
-		{"{\"name\":\"a\"}\n\n{\"rpm\":-1}\n", "line 3: rpm: -1 is negative; no key was created"},
+		{"", "keys: there is no key in it; no key was created"},
+		{"name,rpm\n", "keys: there is no key in it; no key was created"},
+		{"{\"name\":\"a\"}\n\n{\"rpm\":-1}\n", "keys: line 3: rpm: -1 is negative; no key was created"},
 		{"{\"name\":\"a\"}\n{\"rpm\":\n", "line 2: it is not a JSON object"},
 		{"{\"expires\":\"soon\"}\n", "line 1: expires: \\\"soon\\\" is neither"},
 		{"name,rpm\na,5\nb,many\n", "line 3: rpm: \\\"many\\\" is not a whole number; no key was created"},
-		{"name,rmp\na,5\n", "line 2: rmp: a key has no such field; no key was created"},
+		{"name,rmp\na,5\n", "keys: line 1: rmp: a key has no such field; no key was created"},
+		{"\nname,rpm.more\na,5\n", "keys: line 2: rpm.more: a key has no such field; no key was created"},
 		{"name,name\na,5\n", "line 1: the column name is there twice"},
 		{"name,rpm\na\n", "line 2"},
 	} {
@@ -145,9 +157,9 @@ func TestWrongLineOfAFileCreatesNoKey(t *testing.T) {
 
 func TestKeysOfATableAreCreated(t *testing.T) {
 	p := startManaged(t, "127.0.0.1:1", siteNumber(0, ""))
-	table := "\ufeffname,rpm,models,expires,suspended,metadata.team,default_params.temperature,spend_cap_usd\n" +
-		"\"a, the first\",5,test/* a/b,30d,,red,0.5,1.50\n" +
-		"b,,,,true,,,\n"
+	table := "\ufeffname,rpm,models,expires,suspended,metadata.team,default_params.temperature,spend_cap_usd,\n" +
+		"\"a, the first\",5,test/* a/b,30d,,red,0.5,1.50,\n" +
+		"b,,,,true,,,,\n"
 	cmd := p.command("mesh", "--address", "unix/"+p.path("admin"), "key", "create", "--json", "--owner", "acme", "--from", "-")
 	cmd.Stdin = strings.NewReader(table)
 	output, err := cmd.Output()

@@ -20,7 +20,7 @@ func templateCommand() *cobra.Command {
 	apply := subcommand("apply FILE", "Creates the template in a file, or changes the one of its name; - reads it from the input", cobra.ExactArgs(1), applyTemplate)
 	apply.Flags().String("owner", "", "Whose it is; without, everybody's")
 	show := subcommand("show NAME|ID", "Shows a template as JSON", cobra.ExactArgs(1), showTemplate)
-	del := subcommand("delete NAME|ID", "Deletes a template", cobra.ExactArgs(1), deleteTemplate)
+	del := confirmed(subcommand("delete NAME|ID", "Deletes a template", cobra.ExactArgs(1), deleteTemplate))
 	for _, c := range []*cobra.Command{show, del} {
 		c.Flags().String("owner", "", "Whose it is, where several have one of this name")
 		c.ValidArgsFunction = completeTemplates
@@ -149,6 +149,9 @@ func readInput(c *meshCommand, file string) ([]byte, error) {
 func deleteTemplate(c *meshCommand, args []string) error {
 	t, err := c.template(args[0])
 	if err != nil {
+		return err
+	}
+	if err := c.confirm(fmt.Sprintf("Delete the template %s (%s)? Requests that name it fail then.", t.Name, t.ID)); err != nil {
 		return err
 	}
 	if _, err := c.ask(http.MethodDelete, "/mesh/templates/"+t.ID, nil, nil); err != nil {

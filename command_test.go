@@ -23,6 +23,15 @@ func (p *process) mustMesh(args ...string) string {
 	return output
 }
 
+// mustMeshJSON is mustMesh for a program, which reads what it prints.
+func (p *process) mustMeshJSON(v any, args ...string) {
+	p.t.Helper()
+	output := p.mustMesh(append(args, "--json")...)
+	if err := json.Unmarshal([]byte(output), v); err != nil {
+		p.t.Fatalf("%v in %s", err, output)
+	}
+}
+
 func TestHealthOnTheCommandLine(t *testing.T) {
 	server := startRedis(t)
 	p := startProcess(t, "127.0.0.1:1", "http://$ADDRESS {\nmesh {\n\tstore redis {\n\t\taddress "+server.address+"\n\t\tjournal $DIR/journal.db\n\t}\n"+
@@ -63,6 +72,19 @@ func TestCommandsSayWhatIsWrong(t *testing.T) {
 		}
 		if code == 0 || !strings.Contains(output, tc.want) {
 			t.Errorf("%s: %d %s", tc.args, code, output)
+		}
+	}
+}
+
+func TestOutageOfTheStoreIsToldOnce(t *testing.T) {
+	server := startRedis(t)
+	p := startManaged(t, "127.0.0.1:1", strings.Replace(siteNumber(0, ""), "store local $DIR/mesh.db", "store redis {\n\t\taddress "+server.address+"\n\t\tjournal $DIR/journal.db\n\t}", 1))
+	server.kill()
+	for _, args := range [][]string{{"usage"}, {"template", "list"}, {"key", "list"}} {
+		eventually(t, "the outage shows", func() bool { _, code := p.mesh(args...); return code != 0 })
+		output, _ := p.mesh(args...)
+		if strings.Count(output, "the store cannot be") != 1 || !strings.Contains(output, "the store cannot be asked at present: ") {
+			t.Errorf("%s: %s", args, output)
 		}
 	}
 }

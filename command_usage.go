@@ -3,6 +3,7 @@ package mesh
 import (
 	"cmp"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"net/http"
@@ -18,7 +19,7 @@ func usageCommand() *cobra.Command {
 	flags.String("from", "", "From when on: a date, or a time of RFC 3339, in whole hours")
 	flags.String("to", "", "Until when; a date with all of its day")
 	flags.String("by", "model", "What to group by: any of day, model, key, owner and session, by commas")
-	flags.String("key", "", "Only the key of this id")
+	flags.String("key", "", "Only the key of this id or name")
 	flags.String("owner", "", "Only keys of this owner")
 	flags.String("model", "", "Only this model")
 	flags.String("session", "", "Only this session")
@@ -33,6 +34,9 @@ func usageCommand() *cobra.Command {
 }
 
 func showUsage(c *meshCommand, _ []string) error {
+	if c.flag("csv") == "true" && c.json() {
+		return errors.New("--csv and --json exclude each other")
+	}
 	query := url.Values{}
 	for flag, name := range map[string]string{"from": "from", "to": "to", "by": "by", "key": "key", "owner": "owner", "model": "model",
 		"session": "session_id", "status": "status"} {

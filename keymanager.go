@@ -78,7 +78,7 @@ func newSecret() (d digest, secret string) {
 func (k *StoredKey) rotate(secret digest, grace time.Duration, now time.Time) {
 	k.old, k.oldUntil = digest{}, time.Time{}
 	if grace > 0 {
-		k.old, k.oldUntil = k.secret, now.Add(grace).UTC()
+		k.old, k.oldUntil = k.secret, now.Add(grace).UTC().Truncate(time.Millisecond)
 	}
 	k.secret = secret
 }

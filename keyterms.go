@@ -35,15 +35,26 @@ var keyTerms = []keyTerm{
 	{"metadata", "an object of strings", func(k *Key) any { return &k.Metadata }},
 }
 
+var errNoField = errors.New("a key has no such field")
+
+// termNamed returns the term of a name, or nil.
+func termNamed(name string) *keyTerm {
+	i := slices.IndexFunc(keyTerms, func(t keyTerm) bool { return t.name == name })
+	if i < 0 {
+		return nil
+	}
+	return &keyTerms[i]
+}
+
 // changeTerms has a key be as the members say; null takes back what was said before. What it does not name stays. Its errors
 // name the member.
 func (k *Key) changeTerms(members map[string]json.RawMessage) error {
 	for _, name := range slices.Sorted(maps.Keys(members)) {
-		i := slices.IndexFunc(keyTerms, func(t keyTerm) bool { return t.name == name })
-		if i < 0 {
-			return fmt.Errorf("%s: a key has no such field", name)
+		t := termNamed(name)
+		if t == nil {
+			return fmt.Errorf("%s: %w", name, errNoField)
 		}
-		if err := keyTerms[i].set(k, members[name]); err != nil {
+		if err := t.set(k, members[name]); err != nil {
 			return fmt.Errorf("%s: %w", name, err)
 		}
 	}

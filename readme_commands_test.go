@@ -57,7 +57,7 @@ func likeAnyOther(output string) string {
 // TestCommandsOfTheReadmePrintWhatItShows runs them one after another.
 func TestCommandsOfTheReadmePrintWhatItShows(t *testing.T) {
 	t.Run("keys", func(t *testing.T) {
-		p := startManaged(t, "127.0.0.1:1", strings.ReplaceAll("http://$ADDRESS {\n"+site("")+"\n}\n", "test/", "demo/"))
+		p := startManaged(t, "127.0.0.1:1", strings.NewReplacer("test/* up", "demo/* up {\n\t\tprice 0.10 0.40\n\t}", "test/", "demo/").Replace("http://$ADDRESS {\n"+site("")+"\n}\n"))
 		p.runReadme("Managing keys", 7)
 	})
 	t.Run("templates", func(t *testing.T) {

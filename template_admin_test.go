@@ -44,7 +44,8 @@ func TestTemplatesOnTheCommandLine(t *testing.T) {
 				"several owners":      {"template", "show", "greeter"},
 				"there is no":         {"template", "delete", "nobody"},
 				"no such file":        {"template", "apply", p.path("gone")},
-				"part of the config":  {"template", "delete", "shared"},
+				"use --yes":           {"template", "delete", all[0].ID},
+				"part of the config":  {"template", "delete", "--yes", "shared"},
 				"name: String should": {"template", "apply", p.write1("bad.json", `{"name":""}`)},
 			} {
 				if got, code := p.mesh(args...); code == 0 || !strings.Contains(got, want) {
@@ -55,7 +56,7 @@ func TestTemplatesOnTheCommandLine(t *testing.T) {
 			if err := json.Unmarshal([]byte(p.mustMesh("template", "show", "greeter", "--owner", "acme")), &shown); err != nil || shown.ID != all[0].ID {
 				t.Errorf("%v %+v", err, shown)
 			}
-			if got := p.mustMesh("template", "delete", shown.ID); !strings.HasPrefix(got, "deleted greeter") {
+			if got := p.mustMesh("template", "delete", "--yes", shown.ID); !strings.HasPrefix(got, "deleted greeter") {
 				t.Errorf("%s", got)
 			}
 			if got, _ := p.run("__complete", "mesh", "--address", "unix/"+p.path("admin"), "template", "show", "gre"); !strings.Contains(got, "greeter\n") {
