@@ -13,7 +13,11 @@ import (
 
 // routed is a provider of the models of autoBlock. The classifier says what says returns.
 func routed(t testing.TB, says func(r *http.Request) string) *upstream {
-	return startUpstream(t, func(w http.ResponseWriter, r *http.Request) {
+	return startUpstream(t, routes(says))
+}
+
+func routes(says func(r *http.Request) string) http.HandlerFunc {
+	return func(w http.ResponseWriter, r *http.Request) {
 		body, _ := io.ReadAll(r.Body)
 		var asked struct {
 			Model  string
@@ -30,7 +34,7 @@ func routed(t testing.TB, says func(r *http.Request) string) *upstream {
 		default:
 			answers(200, "application/json", strings.Replace(completion, "Hello there.", "I am "+asked.Model, 1))(w, r)
 		}
-	})
+	}
 }
 
 func saying(text string) func(*http.Request) string {
