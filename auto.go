@@ -212,7 +212,7 @@ func (x *exchange) choose(store Store, req *chatRequest) []candidate {
 			limit = min(limit, req.timeout)
 		}
 		x.classify(a, shownConversation(req.body, req.messages, req.prompt.front), limit)
-		a.call.x.event.SessionID = x.event.SessionID
+		a.call.asPartOf(&x.event)
 		a.call.admitAndRun(store)
 		a.take()
 	}

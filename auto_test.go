@@ -328,10 +328,31 @@ func TestSelectNamesAModelAndAsksNoneForAnAnswer(t *testing.T) {
 		t.Errorf("%s %s", r.Status, r.body)
 	}
 	for _, e := range g.ledger(3) {
-		if e.Model != "paid/classifier" {
+		if e.Model != "paid/classifier" || e.ParentID != "" {
 			t.Errorf("%+v", e)
 		}
 	}
+}
+
+func TestSelectIsFoundInTheLedgerByItsRequestID(t *testing.T) {
+	jobStores(t, func(t *testing.T, store string) {
+		g := startGateway(t, routed(t, saying("paid/large")).address(), strings.Replace(site(autoBlock), "store local $DIR/mesh.db", store, 1))
+		id := g.selectModel(`{"messages":[{"role":"user","content":"1+1?"}]}`).Header.Get("X-Request-Id")
+		var found struct {
+			RequestID string `json:"request_id"`
+			Event     struct {
+				Model string
+				Cost  Money `json:"cost_usd"`
+			}
+		}
+		eventually(t, "the ledger has it", func() bool {
+			r := g.do(http.MethodGet, requestsPath+id, "")
+			return r.StatusCode == http.StatusOK && json.Unmarshal(r.body, &found) == nil
+		})
+		if found.RequestID != id || found.Event.Model != "paid/classifier" || found.Event.Cost != 58_000 {
+			t.Errorf("%+v", found)
+		}
+	})
 }
 
 func TestSelectRefusesWhatItCannotChoose(t *testing.T) {
