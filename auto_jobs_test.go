@@ -60,6 +60,30 @@ func TestJobThatIsRunAgainPaysForOneChoice(t *testing.T) {
 	}
 }
 
+func TestJobHasTheModelThatWasAskedFor(t *testing.T) {
+	config := strings.Replace(site(autoBlock), "default_model test/plain", "default_model auto", 1)
+	g := startGateway(t, routed(t, saying("paid/small")).address(), config)
+	for name, body := range map[string]string{
+		"asked for":   autoBody(`,"async_mode":true`),
+		"the default": `{"async_mode":true,"messages":[{"role":"user","content":"Hi"}]}`,
+	} {
+		submitted := g.post(body)
+		job := submitted.job(t, http.StatusAccepted)
+		if job.Model != autoModel {
+			t.Errorf("%s: at its submit its model is %s", name, job.Model)
+		}
+		job = g.becomes(submitted.Header.Get("Location"), JobCompleted)
+		if job.Model != autoModel || !strings.Contains(string(job.Response), `"x_resolved_model_id":"paid/small"`) {
+			t.Errorf("%s: its model is %s; %s", name, job.Model, job.Response)
+		}
+	}
+	for _, e := range g.ledger(4) {
+		if e.Model == autoModel {
+			t.Errorf("%+v", e)
+		}
+	}
+}
+
 // usageEvents are the entries of the ledger that the key's owner sees.
 func (g *gateway) usageEvents() []publicEvent {
 	g.t.Helper()
