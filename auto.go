@@ -222,7 +222,9 @@ func (x *exchange) choose(store Store, req *chatRequest) []candidate {
 		}
 	}
 	x.noteAuto(a)
-	header := x.w.Header()
+	x.gate.lock()
+	defer x.gate.unlock()
+	header := x.w.Header() // is not read any more where there were pings
 	header.Set("X-Auto-Routed", "true")
 	header.Set("X-Resolved-Model-Id", a.model)
 	if a.reason != "" {
@@ -230,6 +232,7 @@ func (x *exchange) choose(store Store, req *chatRequest) []candidate {
 		header.Set("X-Auto-Routed-Fallback-Reason", string(a.reason))
 	}
 	list, _ := x.routeTo(req, a.model) // was found before
+	x.gate.suit(req)
 	return list
 }
 
