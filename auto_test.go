@@ -200,6 +200,32 @@ func TestAutoIsNoModelWhereItIsNotConfigured(t *testing.T) {
 	}
 }
 
+func TestAutoIsInTheCatalogueOfThoseWhoMayUseIt(t *testing.T) {
+	for name, c := range map[string]struct {
+		site   string
+		listed bool
+	}{
+		"all models":     {site(autoBlock), true},
+		"one candidate":  {strings.Replace(site(autoBlock), "name tester", "name tester\n\t\tmodels test/code", 1), true},
+		"no candidate":   {strings.Replace(site(autoBlock), "name tester", "name tester\n\t\tmodels test/plain", 1), false},
+		"not configured": {site(""), false},
+	} {
+		t.Run(name, func(t *testing.T) {
+			g := startGateway(t, "127.0.0.1:1", c.site)
+			status := map[bool]int{true: 200, false: 404}[c.listed]
+			if r := g.do(http.MethodGet, modelsPath+"/auto", ""); r.StatusCode != status || c.listed && r.decode(t)["owned_by"] != "mesh" {
+				t.Errorf("%s %s", r.Status, r.body)
+			}
+			for query, asked := range map[string]bool{"": true, "?type=text&provider=mesh&free=false": true, "/search?q=AUT": true, "?type=image": false, "/free": false} {
+				r := g.do(http.MethodGet, modelsPath+query, "")
+				if got := strings.Contains(string(r.body), `"id":"auto"`); got != (c.listed && asked) {
+					t.Errorf("%s: %s", query, r.body)
+				}
+			}
+		})
+	}
+}
+
 func TestAutoMayBeADefaultModel(t *testing.T) {
 	g := startGateway(t, routed(t, saying("test/code")).address(), strings.Replace(site(autoBlock), "default_model test/plain", "default_model auto", 1))
 	if r := g.post(`{"messages":[{"role":"user","content":"Hi"}]}`); r.StatusCode != 200 || r.decode(t)["x_resolved_model_id"] != "test/code" {
