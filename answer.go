@@ -278,7 +278,7 @@ func (a *answer) finish() {
 	}
 	if a.x.auto != nil {
 		body = a.x.auto.mark(body, said)
-		said = readAnswer(body, nil)
+		said = said.anew(body)
 	}
 	insert, at, until := said.costEdit(a.by.price)
 	a.header.Set("Content-Type", "application/json")

@@ -106,6 +106,9 @@ type autoRoute struct {
 	candidates []AutoCandidate // that may be chosen; at least one
 	preset     string          // what answers where none is chosen
 
+	maxCost   Money     // the most that the request can cost, whoever is chosen; 0 where nothing bounds that
+	unbounded *apiError // why nothing does
+
 	model  string         // the one that is to answer
 	effort string         // how much it should think, in OpenAI's words; empty where the classifier did not say
 	reason fallbackReason // empty where the model was chosen
@@ -137,19 +140,65 @@ func (x *exchange) routeAuto(req *chatRequest) ([]candidate, *apiError) {
 	if refusal != nil {
 		return nil, refusal
 	}
-	list, refusal := x.routeTo(req, a.preset)
+	if req.image.modality { // which any model can be asked for, but not every one has
+		a.keep(func(model string) bool { return x.h.models.find(model).kind(model) == kindImage })
+	}
+	var list []candidate
+	var unfit *apiError // of the default
+	some := a.keep(func(model string) bool {
+		more, refusal := x.routeOneOf(req, a, model)
+		list, unfit = addNew(list, more), cmp.Or(unfit, refusal)
+		return refusal == nil
+	})
+	x.event.Model = a.preset
+	if !some {
+		return nil, unfit
+	}
+	if a.unbounded != nil {
+		a.maxCost = 0
+	}
+	x.auto = a
+	req.asImages(x.h.models.find(a.preset).kind(a.preset)) // once more: others have made something else of it
+	return list, nil
+}
+
+// routeOneOf finds who may serve a request by one of the models to choose among, and notes what that can cost.
+func (x *exchange) routeOneOf(req *chatRequest, a *autoRoute, model string) ([]candidate, *apiError) {
+	list, refusal := x.routeTo(req, model)
+	if refusal == nil && req.images != nil && x.event.ComparisonID != "" {
+		refusal = imagesNotCompared(model)
+	}
 	if refusal != nil {
 		return nil, refusal
 	}
-	for _, c := range a.candidates {
-		more, refusal := x.routeTo(req, c.Model)
-		if refusal != nil {
-			return nil, refusal
-		}
-		list = addNew(list, more)
+	most, bounded := req.maxCost(list)
+	a.maxCost = max(a.maxCost, most)
+	if !bounded {
+		a.unbounded = cmp.Or(a.unbounded, req.unbounded())
 	}
-	x.auto, x.event.Model = a, a.preset
 	return list, nil
+}
+
+// keep leaves the models that can take the request, if there are any, and reports whether there are. The default is asked
+// first; where it cannot, it is the first candidate that can.
+func (a *autoRoute) keep(can func(model string) bool) bool {
+	canPreset := can(a.preset)
+	var left []AutoCandidate
+	for _, c := range a.candidates {
+		if can(c.Model) {
+			left = append(left, c)
+		}
+	}
+	switch {
+	case len(left) > 0 && !canPreset:
+		a.preset = left[0].Model
+	case len(left) == 0 && !canPreset:
+		return false
+	case len(left) == 0:
+		left = []AutoCandidate{{Model: a.preset}}
+	}
+	a.candidates = left
+	return true
 }
 
 // choose has the model of a request chosen, and returns who may serve it: nobody where that took all the time there was.
@@ -163,7 +212,7 @@ func (x *exchange) choose(store Store, req *chatRequest) []candidate {
 			limit = min(limit, req.timeout)
 		}
 		x.classify(a, shownConversation(req.body, req.messages, req.prompt.front), limit)
-		a.call.x.event.SessionID = x.event.SessionID
+		a.call.asPartOf(&x.event)
 		a.call.admitAndRun(store)
 		a.take()
 	}
@@ -173,7 +222,9 @@ func (x *exchange) choose(store Store, req *chatRequest) []candidate {
 		}
 	}
 	x.noteAuto(a)
-	header := x.w.Header()
+	x.gate.lock()
+	defer x.gate.unlock()
+	header := x.w.Header() // is not read any more where there were pings
 	header.Set("X-Auto-Routed", "true")
 	header.Set("X-Resolved-Model-Id", a.model)
 	if a.reason != "" {
@@ -181,6 +232,7 @@ func (x *exchange) choose(store Store, req *chatRequest) []candidate {
 		header.Set("X-Auto-Routed-Fallback-Reason", string(a.reason))
 	}
 	list, _ := x.routeTo(req, a.model) // was found before
+	x.gate.suit(req)
 	return list
 }
 

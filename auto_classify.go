@@ -2,10 +2,13 @@ package mesh
 
 import (
 	"crypto/rand"
+	"crypto/sha256"
 	"fmt"
 	"slices"
 	"strings"
 	"time"
+
+	"github.com/oklog/ulid/v2"
 )
 
 // classify makes the call ready that chooses.
@@ -15,12 +18,28 @@ func (x *exchange) classify(a *autoRoute, conversation string, limit time.Durati
 	key := *x.key // what it may use, and its defaults, are about its own requests
 	key.Models, key.DefaultModel, key.DefaultParams = nil, "", nil
 	call.x.key = &key
-	call.x.event.ParentID = x.event.RequestID
 	system, user := classifierPrompt(a.candidates, conversation)
 	o := askModel(config.Classifier, system, user)
 	o.numberIfAny("max_tokens", config.MaxTokens)
 	call.prepare(append(o.buf, '}'))
 	a.call = call
+}
+
+// asPartOf makes a call that chooses a request's model one of its own in the ledger.
+func (c *innerCall) asPartOf(e *Event) {
+	c.x.event.RequestID, c.x.event.ParentID, c.x.event.SessionID = classifierID(e.RequestID), e.RequestID, e.SessionID
+}
+
+// classifierID returns the id of the call that chooses a request's model. It follows from the request's, so that a job that is run
+// again, and chosen a model for again, is charged for one choice. Its time is the same too: stores find by it what they keep
+// for a day.
+func classifierID(requestID string) string {
+	digest := sha256.Sum256([]byte("classifier of " + requestID))
+	id := ulid.ULID(digest[:len(ulid.ULID{})])
+	if began, ok := requestBegan(requestID); ok {
+		id.SetTime(ulid.Timestamp(began)) //nolint:errcheck // it was the time of such an id
+	}
+	return "req_" + id.String()
 }
 
 // classifierPrompt returns the messages that ask for a choice. The conversation is data: it stands between marks that hold

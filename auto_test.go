@@ -13,7 +13,11 @@ import (
 
 // routed is a provider of the models of autoBlock. The classifier says what says returns.
 func routed(t testing.TB, says func(r *http.Request) string) *upstream {
-	return startUpstream(t, func(w http.ResponseWriter, r *http.Request) {
+	return startUpstream(t, routes(says))
+}
+
+func routes(says func(r *http.Request) string) http.HandlerFunc {
+	return func(w http.ResponseWriter, r *http.Request) {
 		body, _ := io.ReadAll(r.Body)
 		var asked struct {
 			Model  string
@@ -30,7 +34,7 @@ func routed(t testing.TB, says func(r *http.Request) string) *upstream {
 		default:
 			answers(200, "application/json", strings.Replace(completion, "Hello there.", "I am "+asked.Model, 1))(w, r)
 		}
-	})
+	}
 }
 
 func saying(text string) func(*http.Request) string {
@@ -196,6 +200,32 @@ func TestAutoIsNoModelWhereItIsNotConfigured(t *testing.T) {
 	}
 }
 
+func TestAutoIsInTheCatalogueOfThoseWhoMayUseIt(t *testing.T) {
+	for name, c := range map[string]struct {
+		site   string
+		listed bool
+	}{
+		"all models":     {site(autoBlock), true},
+		"one candidate":  {strings.Replace(site(autoBlock), "name tester", "name tester\n\t\tmodels test/code", 1), true},
+		"no candidate":   {strings.Replace(site(autoBlock), "name tester", "name tester\n\t\tmodels test/plain", 1), false},
+		"not configured": {site(""), false},
+	} {
+		t.Run(name, func(t *testing.T) {
+			g := startGateway(t, "127.0.0.1:1", c.site)
+			status := map[bool]int{true: 200, false: 404}[c.listed]
+			if r := g.do(http.MethodGet, modelsPath+"/auto", ""); r.StatusCode != status || c.listed && r.decode(t)["owned_by"] != "mesh" {
+				t.Errorf("%s %s", r.Status, r.body)
+			}
+			for query, asked := range map[string]bool{"": true, "?type=text&provider=mesh&free=false": true, "/search?q=AUT": true, "?type=image": false, "/free": false} {
+				r := g.do(http.MethodGet, modelsPath+query, "")
+				if got := strings.Contains(string(r.body), `"id":"auto"`); got != (c.listed && asked) {
+					t.Errorf("%s: %s", query, r.body)
+				}
+			}
+		})
+	}
+}
+
 func TestAutoMayBeADefaultModel(t *testing.T) {
 	g := startGateway(t, routed(t, saying("test/code")).address(), strings.Replace(site(autoBlock), "default_model test/plain", "default_model auto", 1))
 	if r := g.post(`{"messages":[{"role":"user","content":"Hi"}]}`); r.StatusCode != 200 || r.decode(t)["x_resolved_model_id"] != "test/code" {
@@ -324,10 +354,31 @@ func TestSelectNamesAModelAndAsksNoneForAnAnswer(t *testing.T) {
 		t.Errorf("%s %s", r.Status, r.body)
 	}
 	for _, e := range g.ledger(3) {
-		if e.Model != "paid/classifier" {
+		if e.Model != "paid/classifier" || e.ParentID != "" {
 			t.Errorf("%+v", e)
 		}
 	}
+}
+
+func TestSelectIsFoundInTheLedgerByItsRequestID(t *testing.T) {
+	jobStores(t, func(t *testing.T, store string) {
+		g := startGateway(t, routed(t, saying("paid/large")).address(), strings.Replace(site(autoBlock), "store local $DIR/mesh.db", store, 1))
+		id := g.selectModel(`{"messages":[{"role":"user","content":"1+1?"}]}`).Header.Get("X-Request-Id")
+		var found struct {
+			RequestID string `json:"request_id"`
+			Event     struct {
+				Model string
+				Cost  Money `json:"cost_usd"`
+			}
+		}
+		eventually(t, "the ledger has it", func() bool {
+			r := g.do(http.MethodGet, requestsPath+id, "")
+			return r.StatusCode == http.StatusOK && json.Unmarshal(r.body, &found) == nil
+		})
+		if found.RequestID != id || found.Event.Model != "paid/classifier" || found.Event.Cost != 58_000 {
+			t.Errorf("%+v", found)
+		}
+	})
 }
 
 func TestSelectRefusesWhatItCannotChoose(t *testing.T) {

@@ -162,7 +162,7 @@ func (p *Price) entry() *cataloguePricing {
 	return e
 }
 
-// listModels serves GET /v1/models: the models with an exact name that the key may use.
+// listModels serves GET /v1/models: the models with an exact name that the key may use, and autoModel.
 func (x *exchange) listModels() *apiError { return x.list(nil) }
 
 func (x *exchange) listFreeModels() *apiError { free := true; return x.list(&free) }
@@ -219,7 +219,7 @@ func (x *exchange) searchModels() *apiError {
 	}{list[from:min(from+q.limit, int64(len(list)))], len(list), q.limit, q.offset, brands})
 }
 
-// find returns the models with an exact name that the key may use and that q asks for.
+// find returns the models with an exact name that the key may use and that q asks for, autoModel among them.
 func (x *exchange) find(q *modelQuery) []catalogueEntry {
 	list := make([]catalogueEntry, 0, len(x.h.models.names))
 	for _, m := range x.h.models.names {
@@ -230,7 +230,24 @@ func (x *exchange) find(q *modelQuery) []catalogueEntry {
 			list = append(list, e)
 		}
 	}
+	if e, ok := x.autoEntry(); ok && q.matches(&e) {
+		list = append(list, e)
+	}
 	return list
+}
+
+// autoEntry describes autoModel, if the key may use it. Price and abilities are those of whoever is chosen.
+func (x *exchange) autoEntry() (e catalogueEntry, ok bool) {
+	if x.h.Auto == nil {
+		return e, false
+	}
+	if _, refusal := x.newAutoRoute(); refusal != nil {
+		return e, false
+	}
+	return catalogueEntry{
+		ID: autoModel, Object: "model", OwnedBy: "mesh", Name: autoModel,
+		ModelType: "text", InputModalities: textOnly, OutputModalities: textOnly, SupportsCompletions: true,
+	}, true
 }
 
 // getModel serves GET /v1/models/{id}. A name that only a pattern covers is there too: a client can use it.
@@ -239,6 +256,9 @@ func (x *exchange) getModel() *apiError {
 		return refusal
 	}
 	name := strings.TrimPrefix(x.r.URL.Path, modelsPath+"/")
+	if e, ok := x.autoEntry(); ok && name == autoModel {
+		return x.answer(e)
+	}
 	m := x.h.models.find(name)
 	if m == nil || !x.key.allows(name) {
 		return modelNotFound(name)

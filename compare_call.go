@@ -12,10 +12,13 @@ func (c *comparison) newCall(model string, body []byte) *innerCall {
 	call.x.event.ComparisonID = c.id
 	call.prepare(body)
 	if call.refusal == nil && call.req.images != nil {
-		call.refusal = errorf(http.StatusUnprocessableEntity, "unprocessable_entity",
-			"%s makes images, and only texts can be compared.", model)
+		call.refusal = imagesNotCompared(model)
 	}
 	return call
+}
+
+func imagesNotCompared(model string) *apiError {
+	return errorf(http.StatusUnprocessableEntity, "unprocessable_entity", "%s makes images, and only texts can be compared.", model)
 }
 
 // compareResult is what became of one model's call.

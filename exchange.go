@@ -235,17 +235,27 @@ func (x *exchange) prepare(body []byte) (*chatRequest, []candidate, *apiError) {
 func (x *exchange) run(store Store, req *chatRequest, candidates []candidate) *apiError {
 	served := &served{outcome: OutcomeError} // if the hand-off panics: what was admitted is settled, whatever comes
 	defer func() { x.settle(store, req, served) }()
+	if req.stream {
+		req.keepSample()
+		x.gate = x.openGate(req)
+		defer x.gate.close()
+	}
+	served = x.serve(store, req, candidates)
+	x.tellInStream(served)
+	return served.refusal
+}
+
+// serve hands off a request, to whom the gateway chooses where the client has not.
+func (x *exchange) serve(store Store, req *chatRequest, candidates []candidate) *served {
 	if x.auto != nil {
 		chosen := x.choose(store, req)
 		if chosen == nil {
 			x.countAs(&candidates[0])
-			served.outcome, served.refusal = OutcomeTimeout, errTimeout
-			return served.refusal
+			return &served{outcome: OutcomeTimeout, refusal: errTimeout}
 		}
 		candidates = chosen
 	}
-	served = x.handOff(store, req, candidates)
-	return served.refusal
+	return x.handOff(store, req, candidates)
 }
 
 // storeFailed is the answer where the store could not say. An outage is the store's to log, and every request's error:

@@ -39,17 +39,6 @@ var errOutOfTime = errors.New("the request's time ran out")
 // handOff lets the candidates answer, one after another until one does. Once the first byte has gone out there is no
 // second try.
 func (x *exchange) handOff(store Store, req *chatRequest, candidates []candidate) *served {
-	if req.stream {
-		req.keepSample()
-		x.gate = x.openGate(req)
-		defer x.gate.close()
-	}
-	s := x.askInTurn(store, req, candidates)
-	x.tellInStream(s)
-	return s
-}
-
-func (x *exchange) askInTurn(store Store, req *chatRequest, candidates []candidate) *served {
 	timeout := req.timeout
 	if timeout == 0 {
 		timeout = cmp.Or(x.limit, time.Duration(x.h.Timeout))

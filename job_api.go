@@ -57,8 +57,11 @@ func (x *exchange) submit(store Store, req *chatRequest, candidates []candidate)
 	if x.h.jobs.queueless.Load() {
 		return errQueueless
 	}
-	job := x.newJob(req, candidates[0].model)
-	x.event.Model = job.Model
+	model := candidates[0].model
+	if x.auto != nil { // it is chosen when the job runs
+		model = autoModel
+	}
+	job := x.newJob(req, model)
 	s := &submission{JobStore: jobs, job: job, body: req.expanded(), most: x.h.async.maxPending}
 	if refusal := x.admit(s, req, candidates); refusal != nil {
 		return refusal

@@ -17,7 +17,8 @@ type jobLedger struct {
 	settled *Event
 }
 
-// Settle keeps the event. That of a classifier which chose the job's model is another request's: each run has its own.
+// Settle keeps the event. That of a classifier which chose the job's model is another request's: it has the same id in each run, so
+// that the store charges for the first alone.
 func (l *jobLedger) Settle(e Event) {
 	if e.ParentID != "" {
 		l.Store.Settle(e)

@@ -35,14 +35,23 @@ func (x *exchange) openGate(req *chatRequest) *gate {
 	if x.h.pingEvery == 0 || x.silent {
 		return nil
 	}
-	g := &gate{x: x, every: x.h.pingEvery, frame: pingFrame}
-	if req.images != nil {
-		g.every, g.frame = x.h.keepAliveEvery, keepAliveFrame
-	}
+	g := &gate{x: x}
 	g.mu.Lock()
 	defer g.mu.Unlock()
+	g.suit(req)
 	g.timer = time.AfterFunc(g.every, g.ping)
 	return g
+}
+
+// suit has pings be what clients of a stream, or those that wait for images, know. The caller holds the lock.
+func (g *gate) suit(req *chatRequest) {
+	switch {
+	case g == nil:
+	case req.images != nil:
+		g.every, g.frame = g.x.h.keepAliveEvery, keepAliveFrame
+	default:
+		g.every, g.frame = g.x.h.pingEvery, pingFrame
+	}
 }
 
 func (g *gate) lock() {

@@ -13,9 +13,9 @@ func (x *exchange) admit(store Store, req *chatRequest, candidates []candidate) 
 	if x.uncounted {
 		limits = limits.spendOnly()
 	}
-	maxCost, bounded := req.maxCost(candidates)
-	if limits.Hard && !bounded {
-		return req.unbounded()
+	maxCost, unbounded := x.maxCost(req, candidates)
+	if limits.Hard && unbounded != nil {
+		return unbounded
 	}
 	verdict, err := x.askStore(store, Admission{
 		KeyID:     x.key.id,
@@ -69,6 +69,18 @@ func (r *chatRequest) unbounded() *apiError {
 		return errUnboundedImages
 	}
 	return errUnbounded
+}
+
+// maxCost returns the most that the request can cost, or why nothing bounds that.
+func (x *exchange) maxCost(req *chatRequest, candidates []candidate) (most Money, unbounded *apiError) {
+	if a := x.auto; a != nil {
+		return a.maxCost, a.unbounded
+	}
+	most, bounded := req.maxCost(candidates)
+	if !bounded {
+		return 0, req.unbounded()
+	}
+	return most, nil
 }
 
 // maxCost returns the most that the request can cost at any of the candidates, and whether there is such a bound. No

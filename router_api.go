@@ -65,7 +65,8 @@ type autoRouter struct {
 	Reason   fallbackReason `json:"fallback_reason,omitempty"`
 }
 
-// selectModel serves POST /v1/router/select. It counts as a request where a classifier is asked, and costs what that does.
+// selectModel serves POST /v1/router/select. It counts as a request where a classifier is asked, and costs what that does. Where
+// nobody need be asked it is none: nothing is admitted, and the ledger has no entry.
 func (x *exchange) selectModel() *apiError {
 	if refusal := x.authenticate(); refusal != nil {
 		return refusal
@@ -99,7 +100,8 @@ func (x *exchange) selectModel() *apiError {
 	return x.answer(answer)
 }
 
-// selectNow asks the classifier. Its call is what is counted, so that its limits are told to the client.
+// selectNow asks the classifier. Its call is what is counted and has the request's id, so that its limits are told to the
+// client, who finds it in the ledger.
 func (x *exchange) selectNow(a *autoRoute, conversation string) *apiError {
 	store, err := x.acquire()
 	if err != nil {
@@ -108,6 +110,7 @@ func (x *exchange) selectNow(a *autoRoute, conversation string) *apiError {
 	defer x.h.releaseStore()
 	x.classify(a, conversation, x.h.Auto.timeout())
 	call := a.call
+	call.x.event.RequestID = x.event.RequestID
 	if call.refusal == nil {
 		call.x.w = x.w
 		refusal := call.x.admit(store, call.req, call.candidates)

@@ -200,7 +200,7 @@ func (s *stream) mark(event, payload []byte, at int, said said) verdict {
 	auto := s.a.x.auto
 	if auto != nil {
 		payload, at = append(auto.markUsage(payload, said), payload[said.usageEnd:]...), -1
-		said = readAnswer(payload, nil)
+		said = said.anew(payload)
 	}
 	insert, from, until := said.costEdit(s.a.by.price)
 	if insert == nil && auto == nil {

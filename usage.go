@@ -160,6 +160,13 @@ func readAnswer(text []byte, t *textSample) (s said) {
 	return s
 }
 
+// anew returns what an answer says after members were added to it, which is the same at other places.
+func (s said) anew(text []byte) said {
+	again := readAnswer(text, nil)
+	again.usage = s.usage // has images, of which the text says nothing
+	return again
+}
+
 // costEdit returns what is to be put in place of text[from:until] so that the answer says what it cost; nil, and an
 // empty range at the end, where there is nothing to say.
 func (s said) costEdit(p *Price) (insert []byte, from, until int) {
