@@ -186,12 +186,6 @@ func (k *keysRequest) warnings(terms *Key) (all []string) {
 	return all
 }
 
-// mayServe reports whether a model that a pattern covers may be asked for.
-func (h *Handler) mayServe(pattern string) bool {
-	one := Key{Models: []string{pattern}}
-	return slices.ContainsFunc(h.Models, func(m *Model) bool { return one.mayReach(m.Name) })
-}
-
 // configured returns the keys of the configuration, by id.
 func (k *keysRequest) configured() map[string]*StoredKey {
 	keys := make(map[string]*StoredKey)

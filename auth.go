@@ -160,19 +160,6 @@ func (k *Key) allows(model string) bool {
 	return false
 }
 
-// mayReach reports whether the key may use a model of this name, or one that this pattern covers.
-func (k *Key) mayReach(name string) bool {
-	if k.allows(strings.TrimSuffix(name, "*")) {
-		return true
-	}
-	for _, pattern := range k.Models {
-		if matches(name, strings.TrimSuffix(pattern, "*")) {
-			return true
-		}
-	}
-	return false
-}
-
 func (k *Key) limits() Limits {
 	return Limits{
 		RPM:            k.RPM,

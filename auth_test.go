@@ -108,17 +108,20 @@ func TestLongModelNameGoesNowhere(t *testing.T) {
 	}
 }
 
-func TestKeyMayReachAModel(t *testing.T) {
-	for _, tc := range []struct {
-		models []string
-		name   string
-		want   bool
-	}{
-		{nil, "a/b", true}, {nil, "a/*", true}, {[]string{"a/b"}, "a/b", true}, {[]string{"a/b"}, "a/*", true}, {[]string{"a/*"}, "a/b", true},
-		{[]string{"a/b*"}, "a/*", true}, {[]string{"a/*"}, "a/b*", true}, {[]string{"a/b"}, "a/c", false}, {[]string{"b/*"}, "a/*", false}, {[]string{"a/bc"}, "a/b", false},
+func TestNamesThatBeginSoMayLeadToAModel(t *testing.T) {
+	all := []*Model{{Name: "a/b"}, {Name: "a/*"}, {Name: "a/b*"}, {Name: "c"}}
+	table := newModelTable(all, nil)
+	for prefix, want := range map[string]string{
+		"": "a/b a/* a/b* c", "a": "a/b a/* a/b*", "a/": "a/b a/* a/b*", "a/b": "a/b a/b*", "a/bc": "a/b*", "a/c": "a/*", "c": "c", "cc": "", "b/": "",
 	} {
-		if got := (&Key{Models: tc.models}).mayReach(tc.name); got != tc.want {
-			t.Errorf("%v, %s: %v", tc.models, tc.name, got)
+		var got []string
+		for _, m := range all {
+			if table.mayLead(prefix, m) {
+				got = append(got, m.Name)
+			}
+		}
+		if strings.Join(got, " ") != want {
+			t.Errorf("%q: %v, want %s", prefix, got, want)
 		}
 	}
 }
