@@ -138,7 +138,13 @@ func TestModelOfARequestThatNamesNone(t *testing.T) {
 		}
 	}
 	g.load("http://$ADDRESS {\n" + strings.Replace(site(""), "default_model test/plain", "", 1) + "\n}\n")
-	if r := g.post(`{"messages":[{"role":"user","content":"Hi"}]}`); r.StatusCode != 404 || !strings.Contains(string(r.body), "openai/gpt-4o") {
-		t.Errorf("%s %s", r.Status, r.body)
+	for model, want := range map[string]string{
+		"":                         `"message":"The request names no model, and the default one, \"openai/gpt-4o\", is not configured."`,
+		`"model":"openai/gpt-4o",`: `"message":"The model \"openai/gpt-4o\" does not exist."`,
+	} {
+		r := g.post("{" + model + `"messages":[{"role":"user","content":"Hi"}]}`)
+		if body := string(r.body); r.StatusCode != 404 || r.errorCode(t) != "model_not_found" || !strings.Contains(body, want) || !strings.Contains(body, `"param":"model"`) {
+			t.Errorf("%q: %s %s", model, r.Status, r.body)
+		}
 	}
 }

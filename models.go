@@ -355,7 +355,12 @@ func (t *Target) nameThere(name string) string {
 
 // route finds who may serve a chat request.
 func (x *exchange) route(req *chatRequest) ([]candidate, *apiError) {
-	name := cmp.Or(req.model, x.key.DefaultModel, req.templateModel, x.h.DefaultModel)
+	name := cmp.Or(req.model, x.key.DefaultModel, req.templateModel)
+	if name == "" {
+		if name = x.h.DefaultModel; !x.h.models.knows(name) {
+			return nil, noModelNamed(name)
+		}
+	}
 	if name == autoModel && x.h.Auto != nil {
 		return x.routeAuto(req)
 	}
@@ -396,6 +401,13 @@ func (x *exchange) model(name string) (*modelEntry, *apiError) {
 
 func modelNotFound(name string) *apiError {
 	e := errorf(http.StatusNotFound, "model_not_found", "The model %.*q does not exist.", maxModelName, name)
+	e.param = "model"
+	return e
+}
+
+// noModelNamed is for a request that names no model where the built-in default is none either.
+func noModelNamed(preset string) *apiError {
+	e := errorf(http.StatusNotFound, "model_not_found", "The request names no model, and the default one, %q, is not configured.", preset)
 	e.param = "model"
 	return e
 }
