@@ -394,14 +394,16 @@ func (x *exchange) model(name string) (*modelEntry, *apiError) {
 		return nil, modelNotFound(name)
 	}
 	if !x.key.allows(name) {
-		return entry, errorf(http.StatusForbidden, "forbidden", "This API key may not use the model %q.", name)
+		refusal := errorf(http.StatusForbidden, "forbidden", "This API key may not use the model %q.", name)
+		refusal.model = name
+		return entry, refusal
 	}
 	return entry, nil
 }
 
 func modelNotFound(name string) *apiError {
 	e := errorf(http.StatusNotFound, "model_not_found", "The model %.*q does not exist.", maxModelName, name)
-	e.param = "model"
+	e.param, e.model = "model", name[:min(len(name), maxModelName)]
 	return e
 }
 
