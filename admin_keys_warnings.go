@@ -32,14 +32,8 @@ func (k *keysRequest) unpriced(terms *Key) (names []string) {
 	if terms.SpendCap == 0 {
 		return nil
 	}
-	patterns := terms.Models
-	if len(patterns) == 0 {
-		patterns = []string{"*"}
-	}
-	for _, pattern := range patterns {
-		for _, h := range k.handlers {
-			names = append(names, h.unpricedWithin(pattern)...)
-		}
+	for _, h := range k.handlers {
+		names = append(names, h.unpricedOf(terms)...)
 	}
 	slices.Sort(names)
 	const most = 10
@@ -47,31 +41,4 @@ func (k *keysRequest) unpriced(terms *Key) (names []string) {
 		names = append(names[:most], fmt.Sprintf("and %d more", len(names)-most))
 	}
 	return names
-}
-
-// unpricedWithin returns the models without a price that a pattern covers, or the one that is called so.
-func (h *Handler) unpricedWithin(pattern string) (names []string) {
-	if !strings.HasSuffix(pattern, "*") {
-		m := h.models.find(pattern)
-		if m == nil || !h.models.unpriced(m.Model) {
-			return nil
-		}
-		if price, _ := m.terms(pattern); price != nil {
-			return nil // of a price book, which does not have one for each name that the model covers
-		}
-		return []string{pattern}
-	}
-	one := Key{Models: []string{pattern}}
-	for _, m := range h.Models {
-		if h.models.unpriced(m) && one.mayReach(m.Name) {
-			names = append(names, m.Name)
-		}
-	}
-	return names
-}
-
-// mayServe reports whether a model that a pattern covers may be asked for.
-func (h *Handler) mayServe(pattern string) bool {
-	one := Key{Models: []string{pattern}}
-	return slices.ContainsFunc(h.Models, func(m *Model) bool { return one.mayReach(m.Name) })
 }

@@ -96,11 +96,12 @@ func (a *answer) tellCircuit(s sign) {
 	if !u.circuit(a.by.as).note(time.Now(), u.rules, s, a.probe) {
 		return
 	}
-	said := "upstream is left alone for a while: it has failed too often"
+	logger := a.x.h.logger.With(zap.String("upstream", u.Name), zap.String("model_there", a.by.as))
 	if s == signAlive {
-		said = "upstream answers again"
+		logger.Info("upstream answers again")
+		return
 	}
-	a.x.h.logger.Warn(said, zap.String("upstream", u.Name), zap.String("model_there", a.by.as))
+	logger.Warn("upstream is left alone for a while: it has failed too often", zap.Duration("rest", time.Duration(u.rules.Rest)))
 }
 
 // attempted counts an attempt. cause, if there is more to say than r, is for the trace.

@@ -160,19 +160,6 @@ func (k *Key) allows(model string) bool {
 	return false
 }
 
-// mayReach reports whether the key may use a model of this name, or one that this pattern covers.
-func (k *Key) mayReach(name string) bool {
-	if k.allows(strings.TrimSuffix(name, "*")) {
-		return true
-	}
-	for _, pattern := range k.Models {
-		if matches(name, strings.TrimSuffix(pattern, "*")) {
-			return true
-		}
-	}
-	return false
-}
-
 func (k *Key) limits() Limits {
 	return Limits{
 		RPM:            k.RPM,
@@ -259,6 +246,15 @@ func bearer(r *http.Request) (secret digest, ok bool) {
 	return digestOfToken(strings.Trim(token, " "))
 }
 
+// noBearer is the error for a request that bearer finds no secret in.
+func noBearer(r *http.Request) *apiError {
+	switch sent := r.Header.Get("Authorization"); {
+	case sent == "", strings.EqualFold(strings.TrimSpace(sent), "Bearer"):
+		return errMissingKey
+	}
+	return errMalformedKey
+}
+
 // findKey returns the key with a secret of this digest, or nil: one of the configuration, or else one of the store.
 // An error means that the store could not say. Looking a digest up tells by its timing nothing of use: whoever can
 // choose digests can invert SHA-256.
@@ -282,7 +278,7 @@ func (h *Handler) findKey(ctx context.Context, secret digest) (*Key, error) {
 func (k *Key) refusal(now time.Time) *apiError {
 	switch {
 	case k == nil:
-		return errUnauthorized
+		return errUnknownKey
 	case !k.Expires.IsZero() && !now.Before(k.Expires):
 		return errExpired
 	case k.Suspended:

@@ -108,17 +108,20 @@ func TestLongModelNameGoesNowhere(t *testing.T) {
 	}
 }
 
-func TestKeyMayReachAModel(t *testing.T) {
-	for _, tc := range []struct {
-		models []string
-		name   string
-		want   bool
-	}{
-		{nil, "a/b", true}, {nil, "a/*", true}, {[]string{"a/b"}, "a/b", true}, {[]string{"a/b"}, "a/*", true}, {[]string{"a/*"}, "a/b", true},
-		{[]string{"a/b*"}, "a/*", true}, {[]string{"a/*"}, "a/b*", true}, {[]string{"a/b"}, "a/c", false}, {[]string{"b/*"}, "a/*", false}, {[]string{"a/bc"}, "a/b", false},
+func TestNamesThatBeginSoMayLeadToAModel(t *testing.T) {
+	all := []*Model{{Name: "a/b"}, {Name: "a/*"}, {Name: "a/b*"}, {Name: "c"}}
+	table := newModelTable(all, nil)
+	for prefix, want := range map[string]string{
+		"": "a/b a/* a/b* c", "a": "a/b a/* a/b*", "a/": "a/b a/* a/b*", "a/b": "a/b a/b*", "a/bc": "a/b*", "a/c": "a/*", "c": "c", "cc": "", "b/": "",
 	} {
-		if got := (&Key{Models: tc.models}).mayReach(tc.name); got != tc.want {
-			t.Errorf("%v, %s: %v", tc.models, tc.name, got)
+		var got []string
+		for _, m := range all {
+			if table.mayLead(prefix, m) {
+				got = append(got, m.Name)
+			}
+		}
+		if strings.Join(got, " ") != want {
+			t.Errorf("%q: %v, want %s", prefix, got, want)
 		}
 	}
 }
@@ -135,7 +138,13 @@ func TestModelOfARequestThatNamesNone(t *testing.T) {
 		}
 	}
 	g.load("http://$ADDRESS {\n" + strings.Replace(site(""), "default_model test/plain", "", 1) + "\n}\n")
-	if r := g.post(`{"messages":[{"role":"user","content":"Hi"}]}`); r.StatusCode != 404 || !strings.Contains(string(r.body), "openai/gpt-4o") {
-		t.Errorf("%s %s", r.Status, r.body)
+	for model, want := range map[string]string{
+		"":                         `"message":"The request names no model, and the default one, \"openai/gpt-4o\", is not configured."`,
+		`"model":"openai/gpt-4o",`: `"message":"The model \"openai/gpt-4o\" does not exist."`,
+	} {
+		r := g.post("{" + model + `"messages":[{"role":"user","content":"Hi"}]}`)
+		if body := string(r.body); r.StatusCode != 404 || r.errorCode(t) != "model_not_found" || !strings.Contains(body, want) || !strings.Contains(body, `"param":"model"`) {
+			t.Errorf("%q: %s %s", model, r.Status, r.body)
+		}
 	}
 }

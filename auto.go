@@ -55,6 +55,9 @@ func (a *Auto) check(models modelTable) error {
 	if a.Classifier == "" {
 		return errors.New("auto: it needs a classifier")
 	}
+	if a.Classifier == autoModel {
+		return fmt.Errorf("auto: classifier: %s cannot choose for itself", autoModel)
+	}
 	if models.find(a.Classifier) == nil {
 		return fmt.Errorf("auto: classifier: no model matches %s", a.Classifier)
 	}
@@ -68,6 +71,8 @@ func (a *Auto) check(models modelTable) error {
 			return fmt.Errorf("auto: candidate #%d: %w", i+1, errNull)
 		case models.find(c.Model) == nil:
 			return fmt.Errorf("auto: candidate %s: no model matches it", nameOr(c.Model, i))
+		case c.Model == autoModel:
+			return fmt.Errorf("auto: candidate %s: it is who chooses", c.Model)
 		case strings.HasSuffix(c.Model, "*"):
 			return fmt.Errorf("auto: candidate %s: it has to be a name, not a pattern", c.Model)
 		case seen[c.Model]:
@@ -78,6 +83,8 @@ func (a *Auto) check(models modelTable) error {
 		seen[c.Model] = true
 	}
 	switch {
+	case a.Default == autoModel:
+		return fmt.Errorf("auto: default: it cannot be %s", autoModel)
 	case a.Default != "" && models.find(a.Default) == nil:
 		return fmt.Errorf("auto: default: no model matches %s", a.Default)
 	case a.Timeout < 0:

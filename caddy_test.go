@@ -125,6 +125,25 @@ func adaptCaddyfile(t testing.TB, text string) []byte {
 	return cfg
 }
 
+// logged waits for the first line of the log with a message, and returns it.
+func (g *gateway) logged(message string) (line map[string]any) {
+	g.t.Helper()
+	eventually(g.t, "the log says "+message, func() bool {
+		text, err := os.ReadFile(g.dir + "/caddy.log")
+		if err != nil {
+			g.t.Fatal(err)
+		}
+		for raw := range strings.Lines(string(text)) {
+			line = nil
+			if json.Unmarshal([]byte(raw), &line) == nil && line["msg"] == message {
+				return true
+			}
+		}
+		return false
+	})
+	return line
+}
+
 // site is a mesh block with the things most tests need, and what else it is given.
 func site(more string) string {
 	return "mesh {\n\tstore local $DIR/mesh.db\n\tkey " + testKey + " {\n\t\tname tester\n\t}\n" +

@@ -95,6 +95,12 @@ func TestOpenCircuitIsNotAsked(t *testing.T) {
 	eventually(t, "the first upstream serves again", func() bool {
 		return g.post(ask("test/first", "")).Header.Get("X-Mesh-Routing-Model") == "test/first"
 	})
+	for said, want := range map[string]map[string]any{
+		"upstream is left alone for a while: it has failed too often": {"level": "warn", "upstream": "bad", "model_there": "first", "rest": 2.0},
+		"upstream answers again": {"level": "info", "upstream": "bad", "model_there": "first"},
+	} {
+		wantFields(t, g.logged(said), want)
+	}
 }
 
 func TestEveryCircuitOpenIs503AndSaysWhen(t *testing.T) {

@@ -26,7 +26,10 @@ type apiError struct {
 	retryAfter time.Duration // until the client may try again; 0 where that says nothing
 	allow      string        // the Allow header of a 405
 
-	cause error // for the log only
+	// for the log only
+	cause  error
+	model  string // that it is about, where the client asked for one; no metric's label, as it may be anything
+	reason string // why a key was not accepted
 }
 
 func (e *apiError) Error() string {
@@ -74,7 +77,7 @@ var (
 	}
 	errExpired = &apiError{
 		status: http.StatusUnauthorized, code: "unauthorized",
-		message: "This API key has expired.",
+		message: "This API key has expired.", reason: "expired",
 	}
 	errSuspended = &apiError{
 		status: http.StatusForbidden, code: "forbidden",
@@ -89,6 +92,19 @@ var (
 		message: "The upstream did not answer in time.",
 	}
 )
+
+// the ways to have no key, which clients are told alike
+var (
+	errMissingKey   = unauthorized("missing")
+	errMalformedKey = unauthorized("malformed")
+	errUnknownKey   = unauthorized("unknown")
+)
+
+func unauthorized(reason string) *apiError {
+	e := *errUnauthorized
+	e.reason = reason
+	return &e
+}
 
 // errorTypes are the types OpenAI's SDKs know, by status.
 func errorType(status int) string {

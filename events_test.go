@@ -250,6 +250,11 @@ func TestStoreThatIsLostAndFoundIsTwoEvents(t *testing.T) {
 			t.Errorf("%s: %v", name, got)
 		}
 	}
+	wantFields(t, g.logged("shared store"), map[string]any{"address": server.address, "mode": "one server", "reached": true})
+	wantFields(t, g.logged("recovered"), map[string]any{"level": "info"})
+	if after, ok := g.logged("recovered")["after"].(float64); !ok || after <= 0 {
+		t.Errorf("recovered after %v", after)
+	}
 }
 
 // TestStoreThatIsLostAtStartIsAnEvent has the event before there is anyone to take it.

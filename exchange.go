@@ -136,6 +136,8 @@ type exchange struct {
 
 	asking sync.Mutex // of the event's Upstream and Attempts, while two candidates are asked
 
+	refusal *apiError // that the client got; nil where none
+
 	uncounted bool // it is part of a request that was counted
 	inHand    bool // it holds the store
 	keeps     bool // it is the part by which the request was counted, and takes its place for all of them
@@ -167,7 +169,7 @@ func (h *Handler) newExchange(w http.ResponseWriter, r *http.Request) *exchange 
 func (x *exchange) authenticate() *apiError {
 	secret, ok := bearer(x.r)
 	if !ok {
-		return errUnauthorized
+		return noBearer(x.r)
 	}
 	began := time.Now()
 	key, err := x.h.findKey(x.r.Context(), secret)
@@ -301,7 +303,7 @@ func (x *exchange) locate(path string) {
 
 // refuse writes an error to the client: the one place that does.
 func (x *exchange) refuse(e *apiError) error {
-	x.event.Status, x.event.Error = e.status, e.code
+	x.event.Status, x.event.Error, x.refusal = e.status, e.code, e
 	if c := x.h.logger.Check(zapcore.DebugLevel, "request refused"); c != nil {
 		c.Write(zap.String("request_id", x.event.RequestID), zap.Int("status", e.status), zap.Error(e))
 	}
@@ -370,9 +372,33 @@ func (x *exchange) log() {
 		return
 	}
 	if fields, ok := x.r.Context().Value(caddyhttp.ExtraLogFieldsCtxKey).(*caddyhttp.ExtraLogFields); ok {
-		fields.Set(zap.Object("mesh", &x.event))
+		fields.Set(zap.Object("mesh", x))
 	}
 }
+
+// MarshalLogObject writes what the access log shows of the request. It says more of a refusal than the ledger does, which has
+// none.
+func (x *exchange) MarshalLogObject(enc zapcore.ObjectEncoder) error {
+	if x.refusal == nil {
+		return x.event.MarshalLogObject(enc)
+	}
+	e := x.event
+	e.Model = cmp.Or(x.refusal.model, e.Model)
+	if err := e.MarshalLogObject(enc); err != nil {
+		return err
+	}
+	if x.refusal.reason != "" {
+		enc.AddString("reason", x.refusal.reason)
+	}
+	if len(x.refusal.details) > 0 {
+		if field := x.refusal.details[0].where(); field != "" {
+			enc.AddString("field", field[:min(len(field), maxLoggedField)]) // may have names of the client's in it
+		}
+	}
+	return nil
+}
+
+const maxLoggedField = 256 // bytes
 
 // MarshalLogObject writes the event as the access log shows it.
 func (e *Event) MarshalLogObject(enc zapcore.ObjectEncoder) error {

@@ -247,14 +247,16 @@ func (s *localStore) removeJournals(g *generation) {
 type trouble struct {
 	message string
 	begun   bool
+	since   time.Time
 }
 
 func (t *trouble) note(logger *zap.Logger, err error) {
 	if err != nil && !t.begun {
+		t.since = time.Now()
 		logger.Error(t.message, zap.Error(err))
 	}
 	if err == nil && t.begun {
-		logger.Info("recovered", zap.String("from", t.message))
+		logger.Info("recovered", zap.String("from", t.message), zap.Duration("after", time.Since(t.since)))
 	}
 	t.begun = err != nil
 }

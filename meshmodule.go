@@ -185,6 +185,7 @@ func (h *Handler) Provision(ctx caddy.Context) error {
 		return err
 	}
 	h.keys = keys
+	h.warn()
 	return nil
 }
 
@@ -216,21 +217,8 @@ func (h *Handler) start() error {
 		zap.Int("keys", len(h.Keys)),
 		zap.Int("models", len(h.Models)),
 		zap.Int("upstreams", len(h.Upstreams)))
-	h.warnOfUnpriced()
 	h.warnOfDetached()
 	return h.jobs.start()
-}
-
-// warnOfUnpriced says which spend caps can be passed because a model has no price.
-func (h *Handler) warnOfUnpriced() {
-	for i, k := range h.Keys {
-		for _, m := range h.Models {
-			if k.SpendCap > 0 && h.models.unpriced(m) && k.mayReach(m.Name) {
-				h.logger.Warn("a key with a spend cap can use a model without a price, which costs it nothing",
-					zap.String("key", nameOr(k.Name, i)), zap.String("model", m.Name))
-			}
-		}
-	}
 }
 
 // Cleanup gives back what this configuration holds. Requests that are still under way keep the store open.

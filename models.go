@@ -241,6 +241,11 @@ func (t modelTable) find(name string) *modelEntry {
 	if m := t.exact[name]; m != nil {
 		return m
 	}
+	return t.longestPattern(name)
+}
+
+// longestPattern returns the model of the longest pattern that covers a name, or nil.
+func (t modelTable) longestPattern(name string) *modelEntry {
 	for _, n := range t.lengths {
 		if n > len(name) {
 			continue
@@ -250,6 +255,15 @@ func (t modelTable) find(name string) *modelEntry {
 		}
 	}
 	return nil
+}
+
+// mayLead reports whether a name that begins so may lead to a model. An exact name, and a longer pattern, go before it.
+func (t modelTable) mayLead(prefix string, m *Model) bool {
+	if strings.HasPrefix(strings.TrimSuffix(m.Name, "*"), prefix) {
+		return true
+	}
+	e := t.longestPattern(prefix)
+	return e != nil && e.Model == m
 }
 
 // knows reports whether a name can be asked for.
@@ -276,10 +290,20 @@ type candidate struct {
 // unpriced reports whether a model has no price, or, of a pattern, whether it may cover a name that has none.
 func (t modelTable) unpriced(m *Model) bool {
 	if e := t.exact[m.Name]; e != nil {
-		price, _ := e.terms(m.Name)
-		return price == nil
+		return e.unpriced(m.Name)
 	}
-	return m.Price == nil
+	return m.Price == nil && m.unpricedSomewhere()
+}
+
+// unpriced reports whether the model may cost nothing under a name.
+func (m *modelEntry) unpriced(name string) bool {
+	price, _ := m.terms(name)
+	return price == nil && m.unpricedSomewhere()
+}
+
+// unpricedSomewhere reports whether an upstream lacks a price of its own for the model.
+func (m *Model) unpricedSomewhere() bool {
+	return slices.ContainsFunc(m.Targets, func(t *Target) bool { return t.Price == nil })
 }
 
 // listed returns what the price book says of the model under a name, or nil.
@@ -331,7 +355,12 @@ func (t *Target) nameThere(name string) string {
 
 // route finds who may serve a chat request.
 func (x *exchange) route(req *chatRequest) ([]candidate, *apiError) {
-	name := cmp.Or(req.model, x.key.DefaultModel, req.templateModel, x.h.DefaultModel)
+	name := cmp.Or(req.model, x.key.DefaultModel, req.templateModel)
+	if name == "" {
+		if name = x.h.DefaultModel; !x.h.models.knows(name) {
+			return nil, noModelNamed(name)
+		}
+	}
 	if name == autoModel && x.h.Auto != nil {
 		return x.routeAuto(req)
 	}
@@ -365,13 +394,22 @@ func (x *exchange) model(name string) (*modelEntry, *apiError) {
 		return nil, modelNotFound(name)
 	}
 	if !x.key.allows(name) {
-		return entry, errorf(http.StatusForbidden, "forbidden", "This API key may not use the model %q.", name)
+		refusal := errorf(http.StatusForbidden, "forbidden", "This API key may not use the model %q.", name)
+		refusal.model = name
+		return entry, refusal
 	}
 	return entry, nil
 }
 
 func modelNotFound(name string) *apiError {
 	e := errorf(http.StatusNotFound, "model_not_found", "The model %.*q does not exist.", maxModelName, name)
+	e.param, e.model = "model", name[:min(len(name), maxModelName)]
+	return e
+}
+
+// noModelNamed is for a request that names no model where the built-in default is none either.
+func noModelNamed(preset string) *apiError {
+	e := errorf(http.StatusNotFound, "model_not_found", "The request names no model, and the default one, %q, is not configured.", preset)
 	e.param = "model"
 	return e
 }

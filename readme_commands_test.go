@@ -133,3 +133,37 @@ func (p *process) runReadme(section string, atLeast int) {
 		t.Errorf("only %d were found", ran)
 	}
 }
+
+// TestFirstCaddyfilesServeNothingElse runs the Caddyfile of the repository, and the first of the README.
+func TestFirstCaddyfilesServeNothingElse(t *testing.T) {
+	t.Setenv("TEAM_A_KEY", testKey)
+	t.Setenv("OPENAI_API_KEY", "sk-test")
+	for _, file := range []struct{ name, site, options string }{
+		{"Caddyfile", ":8080 {\n\tbind 127.0.0.1", "admin localhost:2019"},
+		{"README.md", "api.example.com {", ""},
+	} {
+		t.Run(file.name, func(t *testing.T) {
+			text, err := os.ReadFile(file.name)
+			if err != nil {
+				t.Fatal(err)
+			}
+			caddyfile := string(text)
+			if _, block, found := strings.Cut(caddyfile, "```caddyfile\n"); found {
+				caddyfile, _, _ = strings.Cut(block, "```")
+			}
+			caddyfile = strings.Replace(caddyfile, file.site, "http://$ADDRESS {", 1)
+			if file.options != "" {
+				caddyfile = strings.Replace(caddyfile, file.options, "$OPTIONS", 1)
+			}
+			g := startProcess(t, "127.0.0.1:1", caddyfile).gateway()
+			for _, path := range []string{"/chat/completions", "/v1/embeddings", "/"} {
+				if r := g.do(http.MethodPost, path, chatBody); r.StatusCode != http.StatusNotFound {
+					t.Errorf("%s: %s", path, r.Status)
+				}
+			}
+			if r := g.do(http.MethodGet, "/v1/models", ""); r.StatusCode != http.StatusOK {
+				t.Errorf("%s %s", r.Status, r.body)
+			}
+		})
+	}
+}

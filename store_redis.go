@@ -95,6 +95,7 @@ type RedisStore struct {
 // redisConfig is a RedisStore with its defaults filled in and its placeholders resolved.
 type redisConfig struct {
 	mode      string // for the log
+	addresses string // for the log
 	identity  string // of where the data in Redis is, without credentials
 	prefix    string
 	timeout   time.Duration
@@ -192,6 +193,7 @@ func (r *RedisStore) Provision(caddy.Context) error {
 	if c.journal, err = r.journalPath(repl); err != nil {
 		return fmt.Errorf("journal: %w", err)
 	}
+	c.addresses = strings.Join(o.Addrs, " ")
 	c.identity = digestText(o.MasterName, strings.Join(o.Addrs, " "), fmt.Sprint(o.DB), c.prefix)
 	r.options, r.config = o, c
 	r.key = r.storeKey()
@@ -401,6 +403,7 @@ func (s *redisStore) open() (err error) {
 	}
 	s.logger.Info("shared store",
 		zap.String("mode", s.mode),
+		zap.String("address", s.addresses),
 		zap.String("on_failure", s.onFailure()),
 		zap.Bool("reached", !s.degraded()),
 		zap.Int("in_journal", s.journal.count()),
