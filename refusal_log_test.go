@@ -33,8 +33,10 @@ func TestAccessLogSaysWhatWasRefused(t *testing.T) {
 		{"", `{` + hi + `}`, "unauthorized", nil, "missing", nil},
 	}
 	said := make(map[string]bool)
-	for _, tc := range cases {
+	ids := make([]string, len(cases)) // an entry is written after the answer, and perhaps after the next one's
+	for i, tc := range cases {
 		r := g.post(tc.body, "Authorization", tc.authorization)
+		ids[i] = r.Header.Get("X-Request-Id")
 		if code := r.errorCode(t); code != tc.error {
 			t.Errorf("%.100s: %s, want %s", tc.body, code, tc.error)
 		}
@@ -49,8 +51,14 @@ func TestAccessLogSaysWhatWasRefused(t *testing.T) {
 		text, _ := os.ReadFile(filepath.Join(g.dir, "caddy.log"))
 		return string(text)
 	}, len(cases))
+	byID := make(map[string]map[string]any)
+	for _, entry := range entries {
+		if mesh, ok := entry["mesh"].(map[string]any); ok {
+			byID[fmt.Sprint(mesh["request_id"])] = entry
+		}
+	}
 	for i, tc := range cases {
-		wantFields(t, entries[i], map[string]any{"mesh": map[string]any{
+		wantFields(t, byID[ids[i]], map[string]any{"mesh": map[string]any{
 			"outcome": "refused", "error": tc.error, "model": tc.model, "reason": tc.reason, "field": tc.field}})
 	}
 }
