@@ -167,12 +167,15 @@ header {
 			t.Errorf("%s %q, want %q", name, got, want)
 		}
 	}
-	g.post(strings.Replace(streamBody, "plain", "stream", 1))
-	g.post(chatBody, "Authorization", "Bearer "+otherKey)
-	entries := accessLog(t, func() string {
+	log := func() string {
 		text, _ := os.ReadFile(filepath.Join(g.dir, "caddy.log"))
 		return string(text)
-	}, 3)
+	}
+	accessLog(t, log, 1) // else the next one's entry may come before it
+	g.post(strings.Replace(streamBody, "plain", "stream", 1))
+	accessLog(t, log, 2)
+	g.post(chatBody, "Authorization", "Bearer "+otherKey)
+	entries := accessLog(t, log, 3)
 	for i, want := range []map[string]any{
 		{"by": "tester", "with": "test/priced", "at": "up", "took": 1200.0, "paid": "0.0045",
 			"mesh": map[string]any{"key": "tester", "model": "test/priced", "upstream": "up", "prompt_tokens": 1000.0, "cached_tokens": 400.0,
