@@ -1,6 +1,9 @@
 package mesh
 
-import "testing"
+import (
+	"testing"
+	"time"
+)
 
 // TestWhatWasAdmittedWithoutRedisCountsWhenItIsBack: an outage refills no day.
 func TestWhatWasAdmittedWithoutRedisCountsWhenItIsBack(t *testing.T) {
@@ -48,5 +51,23 @@ func TestLateAdmissionAndItsSettlementCountOnce(t *testing.T) {
 	}
 	if v := admitRedis(t, s, Admission{KeyID: "key", RequestID: late, Limits: limits}); v.Day.Used != 2 {
 		t.Errorf("the day has %d requests, want 2", v.Day.Used)
+	}
+}
+
+// TestVoidTakesNothingFromAMinuteThatBeginsBesideIt enters both in one run of the script.
+func TestVoidTakesNothingFromAMinuteThatBeginsBesideIt(t *testing.T) {
+	s := openStill(t, redisModule(t, startRedis(t).address))
+	limits := Limits{RPM: 20, RPD: 20}
+	first := at(t, "2026-11-24T10:00:00Z")
+	next := first.Add(time.Minute)
+	s.redisClock(first)
+	undone := idFrom(first)
+	admitRedis(t, s, Admission{KeyID: "key", RequestID: undone, Limits: limits})
+	s.redisClock(next)
+	enterNow(t, s,
+		settlement{Kind: settleVoid, Event: Event{KeyID: "key", RequestID: undone}},
+		settlement{Kind: settleEvent, Alone: true, Event: Event{KeyID: "key", RequestID: idFrom(next)}})
+	if v := admitRedis(t, s, Admission{KeyID: "key", RequestID: idFrom(next), Limits: limits}); v.Minute.Used != 2 || v.Day.Used != 2 {
+		t.Errorf("%d in the minute, %d in the day; want 2", v.Minute.Used, v.Day.Used)
 	}
 }

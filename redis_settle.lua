@@ -147,11 +147,9 @@ end
 local function count_request(began)
 	local a = redis.call('HMGET', account, 'minute', 'day')
 	for i, w in ipairs({{'minute', began - began % MINUTE}, {'day', day_of(began)}}) do
-		local name, start, stored = w[1], w[2], tonumber(a[i]) or 0
-		if start > stored then
-			redis.call('HSET', account, name, whole(start), name .. '_used', '1')
-		elseif start == stored then
-			redis.call('HINCRBY', account, name .. '_used', '1')
+		local name, start = w[1], w[2]
+		if begin_anew(start, a[i], name, name .. '_used') == whole(start) then
+			add(account, name .. '_used', '1')
 		end
 	end
 end
@@ -191,8 +189,8 @@ local function settle(from)
 		add_later(account, 'reserved', negative(reserved))
 		if kind == 'void' then
 			local a = redis.call('HMGET', account, 'minute', 'day')
-			if a[1] == minute then add_later(account, 'minute_used', '-1') end
-			if a[2] == request_day then add_later(account, 'day_used', '-1') end
+			if a[1] == minute then add(account, 'minute_used', '-1') end -- now: later, another window may have begun
+			if a[2] == request_day then add(account, 'day_used', '-1') end
 		end
 	end
 	if kind == 'drop' then
