@@ -256,8 +256,10 @@ func (x *exchange) getModel() *apiError {
 		return refusal
 	}
 	name := strings.TrimPrefix(x.r.URL.Path, modelsPath+"/")
-	if e, ok := x.autoEntry(); ok && name == autoModel {
-		return x.answer(e)
+	if name == autoModel {
+		if e, ok := x.autoEntry(); ok {
+			return x.answer(e)
+		}
 	}
 	m := x.h.models.find(name)
 	if m == nil || !x.key.allows(name) {

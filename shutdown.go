@@ -21,20 +21,18 @@ var errEnding = &apiError{
 // inHand are the requests of this process that hold a store, and what they ask of upstreams, those of configurations that
 // have ended included. A Caddy that is stopped waits for them, but no longer than its grace_period: what is left then is
 // ended, so that its client is told and its account is closed.
-var inHand attempts
+var inHand = attempts{all: make(map[*inAttempt]struct{})}
 
 type attempts struct {
 	requests atomic.Int64
 
 	mu    sync.Mutex
-	first *inAttempt
+	all   map[*inAttempt]struct{}
 	ended bool
 }
 
-// inAttempt is one attempt, in a list.
+// inAttempt is one attempt.
 type inAttempt struct {
-	next, before *inAttempt
-
 	cancel context.CancelFunc
 	ended  atomic.Bool // because the process ends
 }
@@ -48,10 +46,7 @@ func (l *attempts) begin(cancel context.CancelFunc) *inAttempt {
 		a.end()
 		return a
 	}
-	if a.next = l.first; a.next != nil {
-		a.next.before = a
-	}
-	l.first = a
+	l.all[a] = struct{}{}
 	return a
 }
 
@@ -59,15 +54,7 @@ func (l *attempts) begin(cancel context.CancelFunc) *inAttempt {
 func (l *attempts) over(a *inAttempt) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	if a.next != nil {
-		a.next.before = a.before
-	}
-	switch {
-	case a.before != nil:
-		a.before.next = a.next
-	case l.first == a:
-		l.first = a.next
-	}
+	delete(l.all, a)
 }
 
 func (a *inAttempt) end() {
@@ -79,7 +66,7 @@ func (a *inAttempt) end() {
 func (l *attempts) endAll() {
 	l.mu.Lock()
 	l.ended = true
-	for a := l.first; a != nil; a = a.next {
+	for a := range l.all {
 		a.end()
 	}
 	l.mu.Unlock()

@@ -194,7 +194,7 @@ func (r *RedisStore) Provision(caddy.Context) error {
 		return fmt.Errorf("journal: %w", err)
 	}
 	c.addresses = strings.Join(o.Addrs, " ")
-	c.identity = digestText(o.MasterName, strings.Join(o.Addrs, " "), fmt.Sprint(o.DB), c.prefix)
+	c.identity = digestText(o.MasterName, c.addresses, fmt.Sprint(o.DB), c.prefix)
 	r.options, r.config = o, c
 	r.key = r.storeKey()
 	return nil
@@ -306,7 +306,7 @@ func (r *RedisStore) StoreKey() string { return r.key }
 func (r *RedisStore) OpenStore() (Store, error) {
 	s := newRedisStore(r.options, r.config)
 	if err := s.open(); err != nil {
-		return nil, fmt.Errorf("opening redis store %s: %w", strings.Join(r.options.Addrs, " "), err)
+		return nil, fmt.Errorf("opening redis store %s: %w", r.config.addresses, err)
 	}
 	return s, nil
 }

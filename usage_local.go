@@ -25,7 +25,17 @@ var (
 
 const sumSeparator = "\x00"
 
-func sumKey(parts ...string) string { return strings.Join(parts, sumSeparator) }
+func sumKey(parts ...string) string { return string(appendSumKey(nil, parts)) }
+
+func appendSumKey(b []byte, parts []string) []byte {
+	for i, part := range parts {
+		if i > 0 {
+			b = append(b, sumSeparator...)
+		}
+		b = append(b, part...)
+	}
+	return b
+}
 
 // rollup gathers what a commit adds to sums.
 type rollup struct {
@@ -60,15 +70,9 @@ func (r *rollup) add(requestID string, u *eventUsage) {
 	r.entries = append(r.entries, sumKey(u.keyID, requestID))
 }
 
-// into adds to the sums of a key, which is that of sumKey.
+// into adds to the sums of a key.
 func (r *rollup) into(m map[string]*usageSums, more usageSums, parts ...string) {
-	r.key = r.key[:0]
-	for i, part := range parts {
-		if i > 0 {
-			r.key = append(r.key, sumSeparator...)
-		}
-		r.key = append(r.key, part...)
-	}
+	r.key = appendSumKey(r.key[:0], parts)
 	sums := m[string(r.key)]
 	if sums == nil {
 		sums = new(usageSums)
